@@ -1,0 +1,208 @@
+"""Gemma 3's text model (arXiv 2503.19786): modules and `forward`, nothing else.
+
+- grouped-query attention with RMSNorm on queries and keys (QK-norm)
+- `(1 + w)` RMSNorm before and after attention and MLP: the sandwich
+- rotary positions with a local base in sliding layers and a global one in full layers
+- GeGLU (tanh), an embedding scaled by sqrt(D) and tied to the output head
+
+Parameter names are those of transformers' `Gemma3ForCausalLM`, so importing a model is a load, exporting one a save.
+Weights keep their own dtype; the matrix products compute in `Gemma.dtype`, norms, RoPE and softmax in float32.
+
+Shapes: B batch, T new positions, S cached and new positions, D hidden_size, N query heads, K key-value heads,
+H head_dim, F intermediate_size, V vocab_size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gemlet.attention import attention
+from gemlet.cache import KVCache, LayerCache
+from gemlet.config import FULL, SLIDING, ModelConfig
+
+Rope = tuple[Tensor, Tensor]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (1 + w) over the last dimension, in float32 (RMSNorm: arXiv 1910.07467; w starts at 0)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] -> [..., size], in x's dtype."""
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return (y * (1 + self.weight.float())).to(x.dtype)
+
+
+class Linear(nn.Module):
+    """x @ w.T without bias, computed in x's dtype whatever the dtype in which w is kept."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rope(positions: Tensor, head_dim: int, base: float) -> Rope:
+    """Cosine and sine, [T, H] in float32, of the angles by which RoPE (arXiv 2104.09864) turns the pairs (i, i + H/2)."""
+    frequency = base ** -(torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    angle = torch.outer(positions.float(), frequency).repeat(1, 2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Turn the pairs of x [B, heads, T, H] by their positions' angles."""
+    cos, sin = rope
+    left, right = x.float().chunk(2, -1)
+    return (x.float() * cos + torch.cat((-right, left), -1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245) with normalised queries and keys."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        D, H = config.hidden_size, config.head_dim
+        self.head_dim, self.scale, self.window = H, config.query_scale, config.window(layer)
+        self.q_proj = Linear(D, config.num_attention_heads * H)
+        self.k_proj = Linear(D, config.num_key_value_heads * H)
+        self.v_proj = Linear(D, config.num_key_value_heads * H)
+        self.o_proj = Linear(config.num_attention_heads * H, D)
+        self.q_norm = RMSNorm(H, config.rms_norm_eps)
+        self.k_norm = RMSNorm(H, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None, start: int) -> Tensor:
+        """[B, T, D] -> [B, T, D]; with a cache, x stands at the positions from `start` on."""
+        B, T, _ = x.shape
+        q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q = rotate(self.q_norm(q).transpose(1, 2), rope)  # [B, N, T, H]
+        k = rotate(self.k_norm(k).transpose(1, 2), rope)  # [B, K, T, H]
+        v = v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(k, v, start)  # [B, K, S, H]
+        y = attention(q, k, v, window=self.window, scale=self.scale)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """GeGLU (arXiv 2002.05202): down(gelu(gate(x)) * up(x)), with the tanh form of GELU."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(D, inner)
+        self.up_proj = Linear(D, inner)
+        self.down_proj = Linear(inner, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """The sandwich: each half normalises what it reads and what it adds."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(D, eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(D, eps)
+        self.pre_feedforward_layernorm = RMSNorm(D, eps)
+        self.mlp = MLP(config)
+        self.post_feedforward_layernorm = RMSNorm(D, eps)
+
+    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None, start: int = 0) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, cache, start))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class Backbone(nn.Module):
+    """Token ids to hidden states: embedding, blocks, final norm."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.dtype: torch.dtype | None = None
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """[B, T] -> [B, T, D], after the final norm. A cache puts the T tokens behind those it has seen, and takes them in."""
+        config, T = self.config, input_ids.shape[1]
+        start = 0 if cache is None else cache.length
+        positions = torch.arange(start, start + T, device=input_ids.device)
+        ropes = {
+            SLIDING: rope(positions, config.head_dim, config.rope_local_base_freq),
+            FULL: rope(positions, config.head_dim, config.rope_theta),
+        }
+        x = self.embed_tokens(input_ids)
+        # transformers multiplies by sqrt(D) rounded to the dtype of the weights; in float32 that is sqrt(D)
+        x = (x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype)).to(self.dtype or x.dtype)
+        for i, block in enumerate(self.layers):
+            x = block(x, ropes[config.layers[i]], None if cache is None else cache.layers[i], start)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+
+class Gemma(nn.Module):
+    """The language model: the backbone and the output head. Built with uninitialised weights; see `init_weights`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head's matrix, [V, D]: the embedding, if they are tied."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """[B, T] -> logits [B, T, V] in float32."""
+        hidden = self.model(input_ids, cache)
+        return F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
+
+    def compute_in(self, dtype: torch.dtype | None) -> None:
+        """Choose the dtype of the matrix products (None: that of the weights)."""
+        self.model.dtype = dtype
+
+
+@torch.no_grad()
+def init_weights(model: Gemma, seed: int = 0) -> Gemma:
+    """Draw the initial weights, all of them here.
+
+    | parameter                         | distribution                                                      |
+    |-----------------------------------|-------------------------------------------------------------------|
+    | embedding (and untied head)       | normal, sigma 1 / sqrt(D): a scaled embedding of unit variance    |
+    | matrices reading the stream       | uniform, sigma 1 / sqrt(fan in)                                   |
+    | o_proj, down_proj                 | the same; the norm behind them sets what reaches the stream       |
+    | norms                             | w = 0 (gain 1); the two post-norms POST_NORM_GAIN - 1             |
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
+            p.fill_(POST_NORM_GAIN - 1)
+        elif p.ndim == 1:
+            p.zero_()
+        elif "embed_tokens" in name or "lm_head" in name:
+            p.copy_(torch.randn(p.shape, generator=generator) * p.shape[1] ** -0.5)
+        else:
+            bound = (3 / p.shape[1]) ** 0.5
+            p.copy_(torch.rand(p.shape, generator=generator) * (2 * bound) - bound)
+    return model
+
+
+POST_NORM_GAIN = 0.2
+"""Initial gain of what a block adds to the stream, so that a deep model starts near the identity."""
