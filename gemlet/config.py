@@ -426,7 +426,9 @@ def preset(name: str) -> RunConfig:
             f"unknown preset {name!r}{did_you_mean(name, presets())} (the presets are {', '.join(presets())}; "
             "a path to a .toml file works too)"
         )
-    return RunConfig.from_toml((resources.files("gemlet.presets") / f"{name}.toml").read_text("utf-8"), f"preset {name}")
+    return RunConfig.from_toml(
+        (resources.files("gemlet.presets") / f"{name}.toml").read_text("utf-8"), f"preset {name}"
+    )
 
 
 def _is_toml(entry: Any) -> bool:

@@ -51,7 +51,7 @@ class Linear(nn.Module):
 
 
 def rope(positions: Tensor, head_dim: int, base: float) -> Rope:
-    """Cosine and sine, [T, H] in float32, of the angles by which RoPE (arXiv 2104.09864) turns the pairs (i, i + H/2)."""
+    """Cosine and sine, [T, H] in float32, of the angles by which RoPE (2104.09864) turns pairs (i, i + H/2)."""
     frequency = base ** -(torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     angle = torch.outer(positions.float(), frequency).repeat(1, 2)
     return angle.cos(), angle.sin()
@@ -67,10 +67,10 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) with normalised queries and keys."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         D, H = config.hidden_size, config.head_dim
-        self.head_dim, self.scale, self.window = H, config.query_scale, config.window(layer)
+        self.head_dim, self.scale = H, config.query_scale
         self.q_proj = Linear(D, config.num_attention_heads * H)
         self.k_proj = Linear(D, config.num_key_value_heads * H)
         self.v_proj = Linear(D, config.num_key_value_heads * H)
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(H, config.rms_norm_eps)
         self.k_norm = RMSNorm(H, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None, start: int) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, window: int | None, cache: LayerCache | None, start: int) -> Tensor:
         """[B, T, D] -> [B, T, D]; with a cache, x stands at the positions from `start` on."""
         B, T, _ = x.shape
         q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
@@ -87,7 +87,7 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, start)  # [B, K, S, H]
-        y = attention(q, k, v, window=self.window, scale=self.scale)
+        y = attention(q, k, v, window=window, scale=self.scale)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -109,19 +109,19 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """The sandwich: each half normalises what it reads and what it adds."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         D, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(D, eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(D, eps)
         self.pre_feedforward_layernorm = RMSNorm(D, eps)
         self.mlp = MLP(config)
         self.post_feedforward_layernorm = RMSNorm(D, eps)
 
-    def forward(self, x: Tensor, rope: Rope, cache: LayerCache | None = None, start: int = 0) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, cache, start))
+    def forward(self, x: Tensor, rope: Rope, window: int | None, cache: LayerCache | None, start: int) -> Tensor:
+        """[B, T, D] -> [B, T, D]. What makes a layer slide, its rope and its window, come from outside."""
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, window, cache, start))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
@@ -133,23 +133,24 @@ class Backbone(nn.Module):
         self.config = config
         self.dtype: torch.dtype | None = None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """[B, T] -> [B, T, D], after the final norm. A cache puts the T tokens behind those it has seen, and takes them in."""
+        """[B, T] -> [B, T, D], after the final norm. With a cache, the T tokens follow those seen and join them."""
         config, T = self.config, input_ids.shape[1]
         start = 0 if cache is None else cache.length
         positions = torch.arange(start, start + T, device=input_ids.device)
-        ropes = {
-            SLIDING: rope(positions, config.head_dim, config.rope_local_base_freq),
-            FULL: rope(positions, config.head_dim, config.rope_theta),
+        window = config.sliding_window if config.sliding_window < start + T else None
+        kinds = {
+            SLIDING: (rope(positions, config.head_dim, config.rope_local_base_freq), window),
+            FULL: (rope(positions, config.head_dim, config.rope_theta), None),
         }
         x = self.embed_tokens(input_ids)
         # transformers multiplies by sqrt(D) rounded to the dtype of the weights; in float32 that is sqrt(D)
         x = (x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype)).to(self.dtype or x.dtype)
         for i, block in enumerate(self.layers):
-            x = block(x, ropes[config.layers[i]], None if cache is None else cache.layers[i], start)
+            x = block(x, *kinds[config.layers[i]], None if cache is None else cache.layers[i], start)
         if cache is not None:
             cache.length += T
         return self.norm(x)

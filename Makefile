@@ -1,0 +1,73 @@
+# Everything a person or a robot does with this project. Plain sh; the same on Linux and macOS.
+#
+#   make quickstart                    from nothing to a story
+#   make test ARGS="tests/test_cli.py" some of the tests
+#   make quickstart PYTHON=python3.13  with a Python of your choice (3.11 or later)
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
+ARGS :=
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test check format build wheel-test clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 @\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-20s %s\n", $$1, $$2 }'
+
+quickstart: $(VENV)/installed ## install, train a small model, hear three stories
+	@$(PY) -m gemlet quickstart $(ARGS)
+
+test: $(VENV)/installed-dev ## run the tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto $(ARGS)
+
+check: $(VENV)/installed-dev ## lint, formatting, types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright
+
+format: $(VENV)/installed-dev ## bring the code into its format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+build: $(VENV)/installed-dev ## the wheel and the source archive, in dist/
+	@rm -rf build dist
+	$(PY) -m build --outdir dist
+
+# A clean environment that has the wheel alone, and a quick start from an empty folder: what a user of the wheel meets.
+wheel-test: build ## install the wheel somewhere clean and run a very short quick start
+	@rm -rf build/wheel && mkdir -p build/wheel/here
+	$(PY) -m venv build/wheel/env
+	@echo "Installing the wheel and what it needs ..."
+	@build/wheel/env/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt dist/*.whl
+	cd build/wheel/here && ../env/bin/gemlet quickstart --help > /dev/null
+	cd build/wheel/here && ../env/bin/gemlet quickstart --out tales --train.max-steps 20 --train.warmup-steps 5
+	cd build/wheel/here && ../env/bin/gemlet generate --model tales/checkpoints/best --prompt "Once" --max-new-tokens 20
+
+clean: ## remove the environment and everything built (your runs stay)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +
+
+# The stamps make a second call instant, and install again when what is to be installed has changed.
+$(VENV)/installed: $(PY) pyproject.toml constraints.txt
+	@echo "Installing gemlet and what it needs; torch is large, so the first time takes some minutes ..."
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	@echo "Installing what tests and checks need ..."
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+$(PY):
+	@for python in "$(PYTHON)" python3 python3.14 python3.13 python3.12 python3.11; do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then found="$$python"; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "gemlet needs Python 3.11 or later and found none; install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 2; \
+	fi; \
+	if ! "$$found" -c 'import ensurepip, venv' 2> /dev/null; then \
+	  echo "$$found cannot make virtual environments: its ensurepip is missing (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 2; \
+	fi; \
+	echo "Making the environment $(VENV) with $$("$$found" -V) ..."; \
+	"$$found" -m venv --clear $(VENV)

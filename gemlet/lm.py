@@ -1,0 +1,193 @@
+"""Text in, text out: a model with its tokenizer, loaded from a folder or the hub.
+
+    lm = load("runs/tales")
+    story = "Once upon a time" + lm.generate("Once upon a time", seed=0)
+
+`generate` and `stream` give the continuation, without the prompt; the pieces of a stream, joined, are what `generate`
+returns for the same arguments.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, Unpack, overload
+
+import torch
+from torch import Tensor
+
+from gemlet.checkpoint import load_model, read_config
+from gemlet.config import ModelConfig
+from gemlet.device import DTYPES, pick_device
+from gemlet.errors import GemletError, did_you_mean
+from gemlet.generate import SamplingOptions, SamplingParams, generate, generate_samples
+from gemlet.hub import repository
+from gemlet.model import Gemma
+from gemlet.tokenizer import IncrementalDecoder, Tokenizer
+
+
+def load(source: str | Path, device: str = "auto", dtype: str | torch.dtype = "auto") -> "LM":
+    """Load a model with its tokenizer.
+
+    `source` is a checkpoint folder, any Gemma 3 text folder that transformers wrote, a run's folder (its best
+    checkpoint) or, if there is no such folder, a model on the hub: OWNER/NAME. `device` is auto, cpu, cuda, cuda:1 or
+    mps. `dtype` is that of the weights, fp32, bf16 or fp16; auto is fp32, which holds any of them exactly. Raises
+    GemletError for anything that is not such a model.
+    """
+    weights = {"auto": torch.float32, **DTYPES}.get(dtype) if isinstance(dtype, str) else dtype
+    if weights is None or weights not in DTYPES.values():
+        raise GemletError(
+            f"dtype is {dtype!r}, but must be auto, {', '.join(DTYPES)}, or torch's dtype for one of them"
+        )
+    place, folder = pick_device(device), _folder(source)
+    return LM(load_model(folder, place, weights), Tokenizer.load(folder))
+
+
+class LM:
+    """A language model: `model` and `tokenizer`, and text through both."""
+
+    def __init__(self, model: Gemma, tokenizer: Tokenizer):
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+        return self.model.config
+
+    @overload
+    def generate(
+        self,
+        prompt: str = "",
+        *,
+        stop: str | Iterable[str] = (),
+        num_samples: Literal[1] = 1,
+        **sampling: Unpack[SamplingOptions],
+    ) -> str: ...
+    @overload
+    def generate(
+        self, prompt: str = "", *, stop: str | Iterable[str] = (), num_samples: int, **sampling: Unpack[SamplingOptions]
+    ) -> list[str]: ...
+    def generate(
+        self,
+        prompt: str = "",
+        *,
+        stop: str | Iterable[str] = (),
+        num_samples: int = 1,
+        **sampling: Unpack[SamplingOptions],
+    ) -> str | list[str]:
+        """Continue a prompt; the continuation alone is returned, for several samples a list of them.
+
+        An empty prompt lets the model begin by itself. A continuation ends with the model's end token, before the
+        first of the `stop` strings, or when `max_new_tokens` or the context is used up. The other arguments are the
+        fields of `gemlet.generate.SamplingParams`: max_new_tokens, temperature, top_k, top_p, min_p,
+        repetition_penalty, seed. Sample i is what seed + i gives alone.
+        """
+        ids, stops, params = self.tokenizer.prompt_ids(prompt), _stops(stop), _params(sampling)
+        if not isinstance(num_samples, int) or num_samples < 1:
+            raise GemletError(f"num_samples is {num_samples!r}, but must be a whole number, 1 or more")
+        writers = [_Writer(self.tokenizer.decoder(), stops) for _ in range(num_samples)]
+        texts = [""] * num_samples
+        for i, token in generate_samples(self.model, ids, params, num_samples, lambda i: writers[i].ended):
+            texts[i] += writers[i].push(token)
+        texts = [text + writer.flush() for text, writer in zip(texts, writers, strict=True)]
+        return texts[0] if num_samples == 1 else texts
+
+    def stream(
+        self, prompt: str = "", *, stop: str | Iterable[str] = (), **sampling: Unpack[SamplingOptions]
+    ) -> Iterator[str]:
+        """`generate`, in pieces as they are written: whole characters, and never a part of a stop string."""
+        tokens = generate(self.model, self.tokenizer.prompt_ids(prompt), _params(sampling))
+        return _pieces(tokens, _Writer(self.tokenizer.decoder(), _stops(stop)))
+
+    @torch.no_grad()
+    def logits(self, ids: Sequence[int] | Tensor) -> Tensor:
+        """The logits [B, T, V], float32, of what follows each token of `ids`: one sequence, or a LongTensor [B, T].
+
+        The ids are taken as they are: begin with `tokenizer.bos_token_id` what the model should see as a beginning.
+        """
+        batch = torch.as_tensor(ids)
+        batch = batch[None] if batch.ndim == 1 else batch
+        vocabulary, context = self.config.vocab_size, self.config.max_position_embeddings
+        if batch.ndim != 2 or not batch.numel() or batch.dtype.is_floating_point or batch.dtype == torch.bool:
+            raise GemletError(f"ids are {batch.dtype} {list(batch.shape)}; give whole numbers, a list or [B, T]")
+        if batch.min() < 0 or batch.max() >= vocabulary:
+            wrong = int(batch.min()) if batch.min() < 0 else int(batch.max())
+            raise GemletError(f"ids hold {wrong}, but the model's vocabulary is 0 to {vocabulary - 1}")
+        if batch.shape[1] > context:
+            raise GemletError(f"ids have {batch.shape[1]} tokens, but the model's context is {context}; give fewer")
+        return self.model(batch.to(self.model.head_weight.device, torch.long))
+
+
+class _Writer:
+    """Tokens in, text out, ended before the stop string that begins first; what may be part of one is held back."""
+
+    def __init__(self, decoder: IncrementalDecoder, stops: tuple[str, ...]):
+        self.decoder, self.stops = decoder, stops
+        self.held = ""
+        self.ended = False
+
+    def push(self, token: int) -> str:
+        """The text that is certain now."""
+        return self._release(self.decoder.push(token), last=False)
+
+    def flush(self) -> str:
+        """The rest, at the end of the tokens."""
+        return "" if self.ended else self._release(self.decoder.flush(), last=True)
+
+    def _release(self, piece: str, last: bool) -> str:
+        held = self.held + piece
+        stop = min((at for s in self.stops if (at := held.find(s)) >= 0), default=len(held) + 1)
+        # where a stop string may have begun of which the rest is still to come
+        longest = max(map(len, self.stops), default=0)
+        tails = () if last else range(max(0, len(held) - longest + 1), len(held))
+        begun = next((at for at in tails if any(s.startswith(held[at:]) for s in self.stops)), len(held))
+        self.ended = stop <= begun
+        end = min(stop, begun)
+        self.held = held[end:]
+        return held[:end]
+
+
+def _pieces(tokens: Iterator[int], writer: _Writer) -> Iterator[str]:
+    for token in tokens:
+        if piece := writer.push(token):
+            yield piece
+        if writer.ended:
+            return
+    if piece := writer.flush():
+        yield piece
+
+
+def _stops(stop: str | Iterable[str]) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if any(not isinstance(s, str) or not s for s in stops):
+        raise GemletError(f"stop is {stop!r:.100}, but must be a text or several, none of them empty")
+    return stops
+
+
+def _params(sampling: SamplingOptions) -> SamplingParams:
+    allowed = SamplingParams.__dataclass_fields__
+    for name in sampling:
+        if name not in allowed:
+            raise GemletError(
+                f"unknown argument {name!r}{did_you_mean(name, allowed)} (there are {', '.join(allowed)})"
+            )
+    return SamplingParams(**sampling)
+
+
+def _folder(source: str | Path) -> Path:
+    """The folder that holds the model: the one named, the best checkpoint of a run, or the cached copy of the hub's."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        run = () if (path / "config.json").exists() else (path / "checkpoints" / "best", path / "checkpoints" / "last")
+        return next((inside for inside in run if inside.is_dir()), path)
+    name = str(source)
+    if path.exists() or name.count("/") != 1 or path.parent.is_dir():  # a path that is wrong is not asked of the hub
+        raise GemletError(f"no model folder {source}: give a run, a checkpoint, or a hub name, OWNER/NAME")
+    model = repository(name, "model")
+    if "config.json" not in model.files:
+        raise GemletError(f"the hub's model {name} has no config.json: it is not a Hugging Face model folder")
+    folder = model.fetch("config.json").parent
+    read_config(folder)  # refuse what is not a Gemma 3 text model before its weights are downloaded
+    for file in model.files:
+        if "/" not in file and file.endswith((".json", ".safetensors")):
+            model.fetch(file)
+    return folder

@@ -1,0 +1,126 @@
+"""Optimizers and the learning rate: who updates which parameter, by how much, at which step."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemlet.config import TrainConfig
+
+
+def lr_at(step: int, config: TrainConfig) -> float:
+    """The factor in [0, 1] on every peak learning rate at a step (0-based): a pure function, so resuming is exact.
+
+    Rises over `warmup_steps`, stays at 1, and over the last `decay_fraction` of the other steps falls, along a
+    half cosine or a line, to `min_lr / lr` at the last step.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    last = config.max_steps - 1
+    decay_steps = max(1, round((last - config.warmup_steps) * config.decay_fraction))
+    done = max(0.0, 1 - (last - step) / decay_steps)  # 0 until the decay begins, 1 at the last step
+    remaining = (1 + torch.cos(torch.tensor(done * torch.pi)).item()) / 2 if config.schedule == "cosine" else 1 - done
+    floor = config.min_lr / config.lr
+    return floor + (1 - floor) * remaining
+
+
+def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, and with `optimizer = "muon"` Muon before it for the matrices of the blocks.
+
+    Decay groups: the blocks' matrices decay; embeddings and norms do not. Every group keeps its peak rate as
+    `peak_lr`, which `set_lr` multiplies by the schedule.
+    """
+    matrices, rest = [], []
+    for name, p in model.named_parameters():
+        (matrices if ".layers." in name and p.ndim == 2 else rest).append(p)
+    optimizers: list[torch.optim.Optimizer] = []
+    groups = [{"params": rest, "weight_decay": 0.0}]
+    if config.optimizer == "muon":
+        optimizers.append(Muon(matrices, config.muon_lr, config.momentum, config.weight_decay))
+    else:
+        groups.append({"params": matrices, "weight_decay": config.weight_decay})
+    fused = rest[0].device.type in ("cpu", "cuda", "mps")
+    betas = (config.beta1, config.beta2)
+    optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=fused))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Put every group at `factor` times its peak rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+def export_state(optimizers: list[torch.optim.Optimizer], model: nn.Module) -> dict[str, Tensor]:
+    """The optimizers' state as named tensors, `model.layers.0.mlp.up_proj.weight.exp_avg` and so on."""
+    return {
+        f"{name}.{key}": value.detach()
+        for name, p in model.named_parameters()
+        for optimizer in optimizers
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+
+
+def import_state(optimizers: list[torch.optim.Optimizer], model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Take up what `export_state` gave."""
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        parameter, _, key = name.rpartition(".")
+        by_name.setdefault(parameter, {})[key] = tensor
+    for optimizer in optimizers:
+        mine = {p for group in optimizer.param_groups for p in group["params"]}
+        for name, p in model.named_parameters():
+            if p in mine:
+                state = by_name[name]
+                # AdamW counts its steps in a tensor that stays on the CPU unless the update is fused on a GPU
+                optimizer.state[p] = {k: v.to(p.device) if v.ndim or p.is_cuda else v for k, v in state.items()}
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts/muon): for matrices only.
+
+    The update of a matrix is the nearest (semi-)orthogonal matrix to its Nesterov momentum, times
+    sqrt(max(1, rows / columns)). Matrices of one shape are stacked and orthogonalised together.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, weight_decay: float):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:  # type: ignore[override]
+        """One update of every matrix that has a gradient."""
+        assert closure is None, "Muon takes no closure"
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Any]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, params in by_shape.items():
+                nesterov = []
+                for p in params:
+                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    momentum.lerp_(p.grad, 1 - group["momentum"])
+                    nesterov.append(torch.lerp(p.grad, momentum, group["momentum"]))
+                rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+                for p, update in zip(params, orthogonalise(torch.stack(nesterov)), strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+
+
+def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
+    """[n, rows, columns] -> about U V^T of each matrix U S V^T, in bfloat16.
+
+    A quintic Newton-Schulz iteration whose coefficients bring every singular value from (0, 1] into about
+    [0.7, 1.2] in five steps, which is near enough to 1 (Jordan et al. 2024).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x  # the products are of the shorter side
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x

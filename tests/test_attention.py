@@ -1,0 +1,150 @@
+"""Every way of computing attention against the reference, forwards and backwards, and the memory that it takes."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import gemlet.attention
+from gemlet.attention import attention, block_local, blocked, reference, visible
+
+HEADS = [(1, 1), (4, 2), (3, 1), (4, 4)]
+
+
+@pytest.fixture(params=["unrolled", "fused"])
+def chosen(request, monkeypatch):
+    """`attention` as it is for short sequences on a CPU, and as it is for long ones and on other devices."""
+    if request.param == "fused":
+        monkeypatch.setattr(gemlet.attention, "UNROLLED", 0)
+    return attention
+
+
+def inputs(T, S, heads=(4, 2), H=8, B=2):
+    N, K = heads
+    generator = torch.Generator().manual_seed(T * 1000 + S)
+    shapes = ((B, N, T, H), (B, K, S, H), (B, K, S, H))
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+def assert_same(way, qkv, window):
+    """Equal outputs and equal gradients, with a scale that is not the usual one."""
+    expected, got = (f(*qkv, window=window, scale=0.3) for f in (reference, way))
+    torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
+    for ours, theirs in zip(
+        torch.autograd.grad(got, qkv, upstream), torch.autograd.grad(expected, qkv, upstream), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def lengths(W):
+    return sorted({T for T in (1, W - 1, W, W + 1, 2 * W, 2 * W + 1, 3 * W + 5) if T > 0})
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that any operation made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.largest = max(self.largest, leaf.untyped_storage().nbytes() // leaf.element_size())
+        return out
+
+
+def test_reference_by_hand():
+    """Two heads share one key head; the window counts the query itself; scores are scaled before the softmax."""
+    T, W, scale = 5, 3, 0.7
+    q, k, v = inputs(T, T, heads=(2, 1), H=2, B=1)
+    got = reference(q, k, v, window=W, scale=scale)
+    for n in range(2):
+        for i in range(T):
+            keys = range(max(0, i - W + 1), i + 1)
+            weights = torch.stack([scale * (q[0, n, i] @ k[0, 0, j]) for j in keys]).softmax(0)
+            expected = torch.stack([w * v[0, 0, j] for w, j in zip(weights, keys, strict=True)]).sum(0)
+            torch.testing.assert_close(got[0, n, i], expected)
+
+
+def test_reference_groups_neighbouring_heads():
+    """With 4 query heads on 2 key heads, heads 0 and 1 read the first, 2 and 3 the second."""
+    q, k, v = inputs(6, 6, heads=(4, 2))
+    got = reference(q, k, v, window=None, scale=0.3)
+    for n in range(4):
+        one = slice(n // 2, n // 2 + 1)
+        alone = reference(q[:, n : n + 1], k[:, one], v[:, one], window=None, scale=0.3)
+        torch.testing.assert_close(got[:, n : n + 1], alone)
+
+
+def test_visible():
+    assert visible(2, 4, None).tolist() == [[True, True, True, False], [True, True, True, True]]
+    assert visible(2, 4, 2).tolist() == [[False, True, True, False], [False, False, True, True]]
+    assert visible(3, 3, 1).tolist() == torch.eye(3).bool().tolist()
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 16, None])
+@pytest.mark.parametrize("heads", HEADS)
+def test_self_attention_is_the_reference(chosen, window, heads):
+    for T in lengths(window or 16):
+        assert_same(chosen, inputs(T, T, heads), window)
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, None])
+def test_with_earlier_keys_is_the_reference(chosen, window):
+    """The last T of S positions: what a cache asks for; a single query sees the end of the keys."""
+    for T, S in ((1, 2), (1, 7), (1, 30), (2, 8), (5, 11), (7, 13), (8, 30), (29, 30)):
+        assert_same(chosen, inputs(T, S), window)
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 16])
+@pytest.mark.parametrize("heads", HEADS)
+def test_block_local_is_the_reference(window, heads):
+    for T in lengths(window):
+        if window < T:
+            assert_same(block_local, inputs(T, T, heads), window)
+
+
+@pytest.mark.parametrize("block", [1, 4, 7, 100])
+@pytest.mark.parametrize("window", [1, 4, 7, 30, None])
+def test_blocked_is_the_reference(window, block):
+    for T, S in ((1, 1), (4, 4), (9, 9), (28, 28), (29, 29), (5, 12), (20, 33)):
+        assert_same(partial(blocked, block=block), inputs(T, S), window)
+
+
+def test_half_precision_keeps_its_dtype(chosen):
+    q, k, v = (x.detach().bfloat16() for x in inputs(40, 40))
+    for window in (None, 8):
+        got = chosen(q, k, v, window=window, scale=0.3)
+        assert got.dtype == torch.bfloat16
+        expected = reference(q.float(), k.float(), v.float(), window=window, scale=0.3)
+        torch.testing.assert_close(got.float(), expected, atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("window", [8, 100])
+def test_a_sliding_layer_makes_nothing_of_size_t_by_t(chosen, window):
+    """Forwards and backwards, the largest thing made grows with T at most, and is far from T x T."""
+    largest = []
+    for T in (512, 1024):
+        qkv = inputs(T, T, heads=(2, 1), H=4, B=1)
+        with LargestTensor() as mode:
+            chosen(*qkv, window=window, scale=0.3).sum().backward()
+        largest.append(mode.largest)
+    assert largest[1] <= 2.1 * largest[0]
+    assert largest[1] < 1024 * 1024 / 2  # of two heads
+    with LargestTensor() as mode:  # the measure does see such a thing where there is one
+        reference(*inputs(1024, 1024, heads=(2, 1), H=4, B=1), window=window, scale=0.3)
+    assert mode.largest == 2 * 1024 * 1024
+
+
+def test_a_query_depends_on_its_window_alone(chosen):
+    """Keys outside the window have a gradient of exactly zero, those inside do not."""
+    T, W = 37, 5
+    q, k, v = inputs(T, T, heads=(1, 1), B=1)
+    out = chosen(q, k, v, window=W, scale=0.3)
+    for i in (0, 4, 5, 9, 10, 36):
+        (grad,) = torch.autograd.grad(out[0, 0, i].sum(), v, retain_graph=True)
+        seen = grad[0, 0].abs().sum(-1).nonzero().flatten().tolist()
+        assert seen == list(range(max(0, i - W + 1), i + 1))
