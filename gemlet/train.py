@@ -75,8 +75,8 @@ def train(
     """Train a model as `config` says, into the folder `out`; prepare its data first where that is not done.
 
     With `resume`, go on from the newest whole checkpoint in `out`; `config` may then be None (the run's own), and one
-    that differs from it in model or data is refused. `progress` follows the preparation of the data. Ctrl-C and SIGTERM finish the step, save, and then raise
-    KeyboardInterrupt and SystemExit(143).
+    that differs from it in model or data is refused. `progress` follows the preparation of the data, as in `prepare`.
+    Ctrl-C and SIGTERM finish the step, save, and then raise KeyboardInterrupt and SystemExit(143).
     """
     out = Path(out)
     config = _agree(config, out, resume)
