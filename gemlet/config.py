@@ -8,7 +8,6 @@ those of Hugging Face's Gemma 3 `config.json`; `ModelConfig.to_hf` and `from_hf`
 from __future__ import annotations
 
 import tomllib
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -17,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from gemlet.errors import GemletError, did_you_mean
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+
+_PRESETS = Path(__file__).parent / "presets"
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -412,7 +413,7 @@ class RunConfig(_Strict):
 
 def presets() -> list[str]:
     """Names of the presets in the package."""
-    return sorted(p.name.removesuffix(".toml") for p in resources.files("gemlet.presets").iterdir() if _is_toml(p))
+    return sorted(path.stem for path in _PRESETS.glob("*.toml"))
 
 
 def preset(name: str) -> RunConfig:
@@ -420,19 +421,13 @@ def preset(name: str) -> RunConfig:
     if name.endswith(".toml"):
         if not Path(name).is_file():
             raise GemletError(f"no configuration file {name}; presets in the package: {', '.join(presets())}")
-        return RunConfig.from_toml(Path(name).read_text(encoding="utf-8"), name)
+        return RunConfig.from_toml(Path(name).read_text(encoding="utf-8", errors="replace"), name)
     if name not in presets():
         raise GemletError(
             f"unknown preset {name!r}{did_you_mean(name, presets())} (the presets are {', '.join(presets())}; "
             "a path to a .toml file works too)"
         )
-    return RunConfig.from_toml(
-        (resources.files("gemlet.presets") / f"{name}.toml").read_text("utf-8"), f"preset {name}"
-    )
-
-
-def _is_toml(entry: Any) -> bool:
-    return entry.name.endswith(".toml")
+    return RunConfig.from_toml((_PRESETS / f"{name}.toml").read_text(encoding="utf-8"), f"preset {name}")
 
 
 def validated(kind: type[Model], values: dict[str, Any], where: str) -> Model:

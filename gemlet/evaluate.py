@@ -62,7 +62,7 @@ def evaluate_tokens(model: Gemma, tokenizer: Tokenizer, documents: list[list[int
     for ids in documents:
         whole = [*start, *ids, tokenizer.eos_token_id]
         pieces += [whole[i : i + context + 1] for i in range(0, len(whole) - 1, context)]
-    nats, device = 0.0, next(model.parameters()).device
+    nats, device = 0.0, model.device
     with torch.no_grad(), eager():
         for rows in _batches(sorted(pieces, key=len)):
             longest = len(rows[-1]) - 1

@@ -16,7 +16,6 @@ from numbers import Integral, Real
 from typing import NoReturn, TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from gemlet.cache import KVCache
@@ -137,7 +136,7 @@ def sample(
 def prefill(model: Gemma, ids: Tensor, cache: KVCache, chunk: int = PREFILL_CHUNK) -> Tensor:
     """Take ids [B, T] into the cache, a chunk at a time; the logits [B, V] of what follows the last one."""
     hidden = [model.model(part, cache)[:, -1] for part in ids.split(chunk, 1)][-1]
-    return F.linear(hidden, model.head_weight.to(hidden.dtype)).float()
+    return model.head(hidden)
 
 
 def decode(model: Gemma, tokens: Tensor, cache: KVCache) -> Tensor:
@@ -182,13 +181,12 @@ def _generate(
 ) -> Iterator[tuple[int, int]]:
     if limit == 0:
         return
-    weight = model.head_weight
     running = list(range(len(generators)))  # the samples in the batch, row by row
     texts = [list(prompt) for _ in running]
-    ids = torch.tensor([prompt], device=weight.device)
-    cache = KVCache(model.config, 1, len(prompt) + limit, model.model.dtype or weight.dtype, weight.device)
+    ids = torch.tensor([prompt], device=model.device)
+    cache = KVCache(model.config, 1, len(prompt) + limit, model.dtype, model.device)
     logits = prefill(model, ids, cache).expand(len(running), -1)
-    _keep_rows(cache, torch.zeros(len(running), dtype=torch.long, device=weight.device))
+    _keep_rows(cache, torch.zeros(len(running), dtype=torch.long, device=model.device))
     seen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids.expand(len(running), -1), True)
     for remaining in reversed(range(limit)):
         _check_finite(model, logits, [texts[i] for i in running])
@@ -205,7 +203,7 @@ def _generate(
         if not going or not remaining:
             return
         if len(going) < len(running):
-            rows = torch.tensor(going, device=weight.device)
+            rows = torch.tensor(going, device=model.device)
             running, tokens, seen = [running[row] for row in going], tokens[rows], seen[rows]
             _keep_rows(cache, rows)
         logits = decode(model, tokens, cache)
@@ -217,7 +215,7 @@ def generate_uncached(model: Gemma, prompt_ids: Sequence[int], params: SamplingP
     ids, limit = _checked(model.config, prompt_ids, params)
     generators = _generators(params, 1)
     for _ in range(limit):
-        logits = model(torch.tensor([ids], device=model.head_weight.device))[:, -1]
+        logits = model(torch.tensor([ids], device=model.device))[:, -1]
         _check_finite(model, logits, [ids])
         seen = torch.zeros_like(logits, dtype=torch.bool)
         seen[0, ids] = True
@@ -279,12 +277,12 @@ def _explain_non_finite(model: Gemma, ids: list[int]) -> NoReturn:
     parts = [(name, module) for name, module in model.named_modules() if not any(module.children())]
     hooks = [module.register_forward_hook(note(name)) for name, module in parts]
     try:
-        model(torch.tensor([ids], device=model.head_weight.device))
+        model(torch.tensor([ids], device=model.device))
     finally:
         for hook in hooks:
             hook.remove()
     where = found[0] if found else "the output head"
     raise GemletError(
         f"the model's logits are not finite: the first such values come out of {where}, computed in "
-        f"{model.model.dtype or model.head_weight.dtype}, after {len(ids)} tokens; try float32, or another checkpoint"
+        f"{model.dtype}, after {len(ids)} tokens; try float32, or another checkpoint"
     )

@@ -114,7 +114,7 @@ class LM:
             raise GemletError(f"ids hold {wrong}, but the model's vocabulary is 0 to {vocabulary - 1}")
         if batch.shape[1] > context:
             raise GemletError(f"ids have {batch.shape[1]} tokens, but the model's context is {context}; give fewer")
-        return self.model(batch.to(self.model.head_weight.device, torch.long))
+        return self.model(batch.to(self.model.device, torch.long))
 
 
 class _Writer:

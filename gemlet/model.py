@@ -6,7 +6,7 @@
 - GeGLU (tanh), an embedding scaled by sqrt(D) and tied to the output head
 
 Parameter names are those of transformers' `Gemma3ForCausalLM`, so importing a model is a load, exporting one a save.
-Weights keep their own dtype; the matrix products compute in `Gemma.dtype`, norms, RoPE and softmax in float32.
+Weights keep their own dtype; the matrix products compute in `compute_dtype`, norms, RoPE and softmax in float32.
 
 Shapes: B batch, T new positions, S cached and new positions, D hidden_size, N query heads, K key-value heads,
 H head_dim, F intermediate_size, V vocab_size.
@@ -131,8 +131,10 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.dtype: torch.dtype | None = None
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.compute_dtype: torch.dtype | None = None  # None: that of the weights
+        # from_pretrained, because nn.Embedding's own constructor would draw weights that nobody keeps
+        empty = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -140,6 +142,7 @@ class Backbone(nn.Module):
         """[B, T] -> [B, T, D], after the final norm. With a cache, the T tokens follow those seen and join them."""
         config, T = self.config, input_ids.shape[1]
         start = 0 if cache is None else cache.length
+        assert cache is None or start + T <= cache.max_length, f"{start} + {T} tokens in a cache of {cache.max_length}"
         positions = torch.arange(start, start + T, device=input_ids.device)
         window = config.sliding_window if config.sliding_window < start + T else None
         kinds = {
@@ -148,7 +151,7 @@ class Backbone(nn.Module):
         }
         x = self.embed_tokens(input_ids)
         # transformers multiplies by sqrt(D) rounded to the dtype of the weights; in float32 that is sqrt(D)
-        x = (x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype)).to(self.dtype or x.dtype)
+        x = (x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype)).to(self.compute_dtype or x.dtype)
         for i, block in enumerate(self.layers):
             x = block(x, *kinds[config.layers[i]], None if cache is None else cache.layers[i], start)
         if cache is not None:
@@ -170,14 +173,31 @@ class Gemma(nn.Module):
         """The output head's matrix, [V, D]: the embedding, if they are tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """[B, T] -> logits [B, T, V] in float32."""
-        hidden = self.model(input_ids, cache)
-        return F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the matrix products compute in."""
+        return self.model.compute_dtype or self.head_weight.dtype
 
     def compute_in(self, dtype: torch.dtype | None) -> None:
         """Choose the dtype of the matrix products (None: that of the weights)."""
-        self.model.dtype = dtype
+        self.model.compute_dtype = dtype
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> logits [..., V] in float32."""
+        return F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """[B, T] -> logits [B, T, V] in float32."""
+        return self.head(self.model(input_ids, cache))
+
+
+POST_NORM_GAIN = 0.2
+"""Initial gain of what a block adds to the stream, so that a deep model starts near the identity."""
 
 
 @torch.no_grad()
@@ -203,7 +223,3 @@ def init_weights(model: Gemma, seed: int = 0) -> Gemma:
             bound = (3 / p.shape[1]) ** 0.5
             p.copy_(torch.rand(p.shape, generator=generator) * (2 * bound) - bound)
     return model
-
-
-POST_NORM_GAIN = 0.2
-"""Initial gain of what a block adds to the stream, so that a deep model starts near the identity."""

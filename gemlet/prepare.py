@@ -108,6 +108,7 @@ def prepare(data: DataConfig, out: str | Path, *, vocab_size: int, progress: Pro
     wanted = _wanted(data, {"bpe": vocab_size} if given is None else {"hash": given.hash}, before)
     if whole:
         _require_same(out, whole, wanted)
+        remove(out / _UNFINISHED)  # a kill right after meta.json leaves it
         return out
     if out.exists() and not out.is_dir():
         raise GemletError(f"{out} is a file; give a folder for the tokens")

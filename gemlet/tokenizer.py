@@ -157,7 +157,7 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def prompt_ids(self, text: str) -> list[int]:
-        """The ids of a text that begins a document: the token that stood before every document in training, then the text."""
+        """The ids of a text that begins a document: what stood before every document in training, then `encode`."""
         return [self.eos_token_id if self.bos_token_id is None else self.bos_token_id, *self.encode(text)]
 
     def encode_documents(self, texts: Sequence[str]) -> np.ndarray:

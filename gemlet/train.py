@@ -102,7 +102,7 @@ def train_step(state: TrainState, stream: TokenStream, config: RunConfig) -> tup
     that is not finite raises a TrainingError, with the weights as they were.
     """
     c, model, scaler = config.train, state.model, state.scaler
-    device = model.model.embed_tokens.weight.device
+    device = model.device
     inputs, targets = (x.to(device, non_blocking=True) for x in batch(stream, c, state.step))
     loss = torch.zeros((), device=device)
     for x, y in zip(inputs.split(c.micro_batch), targets.split(c.micro_batch), strict=True):
@@ -208,7 +208,7 @@ class _Run:
         self.stream.require(config.train.sequence_length)
         self.validation = _validation(TokenStream.open(tokens, "validation"), tokenizer, config.train.eval_tokens)
         self.log = RunLog(out, config.train.max_steps, config.train.tokens_per_step, quiet)
-        self.device = state.model.model.embed_tokens.weight.device
+        self.device = state.model.device
         self.flops = flops_per_token(config.model, config.train.sequence_length)
         self.peak = peak_flops(self.device, pick_precision(config.train.precision, self.device))
 
