@@ -243,9 +243,9 @@ class Checkpoints:
             _write_json(new / "train_state" / "state.json", meta)
             _write_json(new / MANIFEST, _manifest(new))
         with writing(self.root, needed):
-            self._point("last", folder)
+            self.point("last", folder)
             if best:
-                self._point("best", folder)
+                self.point("best", folder)
             self._rotate()
         return folder
 
@@ -291,7 +291,7 @@ class Checkpoints:
         for path in list(self.root.glob(".tmp-*")) + list(self.root.glob(".old-*")):
             recover(path.with_name(path.name[5:]))
 
-    def _point(self, name: str, folder: Path) -> None:
+    def point(self, name: str, folder: Path) -> None:
         """Make `name` lead to the folder, in one move: a relative link, or a copy where there are no links."""
         link, new = self.root / name, self.root / f".tmp-{name}"
         try:

@@ -31,8 +31,12 @@ from gemlet.optim import export_state, import_state, lr_at, make_optimizers, set
 from gemlet.prepare import Meta, Progress, load_meta, prepare, verify
 from gemlet.tokenizer import Tokenizer
 
-COMPILE_PAYS_SECONDS = 60
-"""Compiling takes half a minute on two cores and saves about half of a run: it pays for runs longer than this."""
+COMPILE_PAYS = {"cpu": 2e13, "cuda": 1e16}
+"""FLOPs of a run from which compiling, half a minute or more, is won back: about a minute of training.
+
+Whether to compile depends on the configuration alone, not on the speed of the day or the steps that are left: the
+compiled and the uncompiled model differ in the last bits, and a resumed run must not.
+"""
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,8 @@ class TrainState:
 
 
 def train(
-    config: RunConfig | None,
-    out: str | Path,
+    config: RunConfig | None = None,
+    out: str | Path = "runs/model",
     *,
     resume: bool = False,
     quiet: bool = False,
@@ -186,6 +190,8 @@ def _restore(state: TrainState, checkpoints: Checkpoints, meta: Meta) -> None:
     import_state(state.optimizers, state.model, tensors)
     state.scaler.load_state_dict(saved["scaler"])
     state.step, state.best = saved["step"], saved["best"]
+    if state.best["step"] == state.step:  # in case the run was killed between saving it and pointing to it
+        checkpoints.point("best", folder)
 
 
 class _Run:
@@ -253,10 +259,8 @@ class _Run:
     def _compile(self) -> None:
         """Compile the blocks, which are all alike, so that it is done once; not where it cannot pay."""
         c = self.config.train
-        wanted = c.compile == "on"
-        if c.compile == "auto":
-            left = (c.max_steps - self.state.step) * c.tokens_per_step * self.flops
-            wanted = left / (0.3 * (self.peak or 1e12)) > COMPILE_PAYS_SECONDS
+        flops = c.max_steps * c.tokens_per_step * self.flops
+        wanted = c.compile == "on" or (c.compile == "auto" and flops > COMPILE_PAYS.get(self.device.type, math.inf))
         if not wanted:
             return
         if can_compile(self.device.type):

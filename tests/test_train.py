@@ -189,7 +189,7 @@ def test_a_run_leaves_what_it_promises(tokens, tmp_path):
     assert {"train/loss", "train/lr", "train/grad_norm", "train/tokens", "val/loss", "val/ppl", "val/bpb"} <= set(
         lines[3]
     )
-    assert TIMES <= set(json.loads((out / "metrics.jsonl").read_text().splitlines()[0]))
+    assert set(json.loads((out / "metrics.jsonl").read_text().splitlines()[0])) >= TIMES
     # the checkpoint that is called best has the loss that was reported for it
     tokenizer = Tokenizer.load(result.checkpoint)
     stream = TokenStream.open(tokens, "validation")
@@ -213,20 +213,11 @@ def test_raw_text_is_prepared_into_the_run(tmp_path):
 
 # Resume
 
-CHILD = """
-import sys
-from pathlib import Path
-from gemlet.config import RunConfig
-from gemlet.train import train
-out = Path(sys.argv[1])
-config = None if sys.argv[3:] == ["resume"] else RunConfig.from_toml(Path(sys.argv[2]).read_text())
-train(config, out, resume=config is None, quiet=True)
-"""
 
-
-def child(out: Path, file: Path, *words: str) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", CHILD, str(out), str(file), *words], env=environment)
+def child(out: Path, file: Path, resume: bool = False) -> subprocess.Popen:
+    how = ["--resume"] if resume else ["--preset", str(file)]
+    command = [sys.executable, "-m", "gemlet", "train", "--out", str(out), *how]
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
 
 
 def wait_for_line(out: Path, n: int) -> None:
@@ -249,16 +240,17 @@ def straight(tokens, tmp_path_factory) -> tuple[Path, Path]:
 def test_killed_and_resumed_is_byte_for_byte_the_straight_run(straight, tmp_path):
     expected, file = straight
     out = tmp_path / "run"
-    for words, line in (((), 5), (("resume",), 17), (("resume",), 30)):
-        process = child(out, file, *words)
+    for resume, line in ((False, 5), (True, 17), (True, 30)):
+        process = child(out, file, resume)
         wait_for_line(out, line)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
-    assert child(out, file, "resume").wait() == 0
+    assert child(out, file, resume=True).wait() == 0
     assert saved_bytes(out, 40) == saved_bytes(expected, 40)
     assert metrics(out) == metrics(expected)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process that is sent a signal; it cannot handle it")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_the_step_and_the_run_goes_on_from_it(straight, tmp_path, number, code):
     expected, file = straight
@@ -266,10 +258,10 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_from_it(straight, tmp_path,
     process = child(out, file)
     wait_for_line(out, 7)
     process.send_signal(number)
-    assert process.wait() in ({code, -signal.SIGINT} if number == signal.SIGINT else {code})
+    assert process.wait() == code
     newest = Checkpoints(out / "checkpoints", 2).latest()
     assert newest is not None and int(newest.name.removeprefix("step-")) == len(metrics(out))
-    assert child(out, file, "resume").wait() == 0
+    assert child(out, file, resume=True).wait() == 0
     assert saved_bytes(out, 40) == saved_bytes(expected, 40)
     assert metrics(out) == metrics(expected)
 
