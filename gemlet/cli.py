@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,9 +90,10 @@ class Prepare:
 
     def __call__(self) -> None:
         """Write the folder, and say what is in it."""
+        from gemlet.metrics import preparation
         from gemlet.prepare import load_meta, prepare
 
-        with _preparing() as progress:
+        with preparation() as progress:
             folder = prepare(self.data, self.out, vocab_size=self.vocab_size, progress=progress)
         meta = load_meta(folder)
         for name, split in meta.splits.items():
@@ -450,30 +451,6 @@ def _tell(prompt: str, pieces: Iterable[str]) -> str:
         show(whole)
     show([held, "\n"])
     return told.removeprefix(prompt)
-
-
-@contextlib.contextmanager
-def _preparing() -> Iterator[Callable[[int, int, int, int | None], None]]:
-    """Shows on stderr how far `prepare` is: one line that changes on a terminal, a line every ten seconds elsewhere."""
-    began = shown = time.perf_counter()
-    live = sys.stderr.isatty()
-
-    def show(documents: int, tokens: int, size: int, total: int | None) -> None:
-        nonlocal shown
-        now = time.perf_counter()
-        if now - shown < (0.2 if live else 10):
-            return
-        shown, rate = now, size / (now - began)
-        line = f"{documents:,} documents  {tokens:,} tokens  {rate / 1e6:.1f} MB/s"
-        if total:
-            line += f"  {min(size / total, 1):.0%}  {max(total - size, 0) / max(rate, 1):,.0f} s left"
-        print(f"\r\033[K{line}" if live else line, end="" if live else "\n", file=sys.stderr, flush=True)
-
-    try:
-        yield show
-    finally:
-        if live:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -122,6 +123,30 @@ _FORMATS = {
 }
 _LIVE = ("train/loss", "val/loss", "train/lr", "train/tok_per_sec", "train/mfu", "mem/peak_gib")
 _VALIDATION = ("train/loss", "val/loss", "val/ppl", "val/bpb")
+
+
+@contextmanager
+def preparation(quiet: bool = False) -> Iterator[Callable[[int, int, int, int | None], None]]:
+    """A `progress` for `prepare`, on stderr: one line that changes on a terminal, elsewhere one in ten seconds."""
+    began = shown = time.perf_counter()
+    live = sys.stderr.isatty()
+
+    def show(documents: int, tokens: int, size: int, total: int | None) -> None:
+        nonlocal shown
+        now = time.perf_counter()
+        if quiet or now - shown < (0.2 if live else 10):
+            return
+        shown, rate = now, size / (now - began)
+        line = f"{documents:,} documents  {tokens:,} tokens  {rate / 1e6:.1f} MB/s"
+        if total:
+            line += f"  {min(size / total, 1):.0%}  {max(total - size, 0) / max(rate, 1):,.0f} s left"
+        print(f"\r\033[K{line}" if live else line, end="" if live else "\n", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if live and not quiet:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 class RunLog:

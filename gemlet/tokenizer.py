@@ -161,15 +161,20 @@ class Tokenizer:
         return [self.eos_token_id if self.bos_token_id is None else self.bos_token_id, *self.encode(text)]
 
     def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
-        """The ids of all texts one after another, each followed by the end token: uint32 [tokens]."""
+        """The ids of all texts one after another, each followed by the end token: uint32 [tokens].
+
+        Where the begin token is another one (Gemma's), it stands before each text; else the end token before it serves.
+        """
+        begins = [] if self.bos_token_id in (None, self.eos_token_id) else [self.bos_token_id]
         joined = _SEPARATOR.join([*texts, ""])
-        if self._fast is not None and joined.count(_SEPARATOR) == len(texts) and not _may_have_long_run(joined):
+        plain = joined.count(_SEPARATOR) == len(texts) and not _may_have_long_run(joined)
+        if self._fast is not None and plain and not begins:
             try:
                 return self._fast.encode_to_numpy(joined, allowed_special={_SEPARATOR}, disallowed_special=())
             except UnicodeEncodeError:  # a lone surrogate somewhere
                 pass
         ends = [self.eos_token_id]
-        return np.array([id for ids in self.encode_batch(texts) for id in (*ids, *ends)], dtype=np.uint32)
+        return np.array([id for ids in self.encode_batch(texts) for id in (*begins, *ids, *ends)], dtype=np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids. Special tokens are left out; bytes that are no UTF-8 become U+FFFD."""

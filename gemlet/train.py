@@ -25,10 +25,10 @@ from gemlet.evaluate import Evaluation, eager, evaluate_tokens
 from gemlet.files import write_text
 from gemlet.generate import SamplingParams, generate
 from gemlet.loss import linear_cross_entropy
-from gemlet.metrics import RunLog, draw_loss, flops_per_token, peak_flops, peak_memory_gib
+from gemlet.metrics import RunLog, draw_loss, flops_per_token, peak_flops, peak_memory_gib, preparation
 from gemlet.model import Gemma, init_weights
 from gemlet.optim import export_state, import_state, lr_at, make_optimizers, set_lr
-from gemlet.prepare import Meta, Progress, load_meta, prepare, verify
+from gemlet.prepare import Meta, load_meta, prepare, verify
 from gemlet.tokenizer import Tokenizer
 
 COMPILE_PAYS = {"cpu": 2e13, "cuda": 1e16}
@@ -74,20 +74,19 @@ def train(
     *,
     resume: bool = False,
     quiet: bool = False,
-    progress: Progress | None = None,
 ) -> TrainResult:
     """Train a model as `config` says, into the folder `out`; prepare its data first where that is not done.
 
     With `resume`, go on from the newest whole checkpoint in `out`; `config` may then be None (the run's own), and one
-    that differs from it in model or data is refused. `progress` follows the preparation of the data, as in `prepare`.
-    Ctrl-C and SIGTERM finish the step, save, and then raise KeyboardInterrupt and SystemExit(143).
+    that differs from it in model or data is refused. Ctrl-C and SIGTERM finish the step, save, and then raise
+    KeyboardInterrupt and SystemExit(143).
     """
     out = Path(out)
     config = _agree(config, out, resume)
     device = pick_device(config.train.device)
     with run_lock(out):
-        write_text(out / "config.toml", config.to_toml())
-        tokens = prepare(config.data, out / "tokens", vocab_size=config.model.vocab_size, progress=progress)
+        with preparation(quiet) as progress:
+            tokens = prepare(config.data, out / "tokens", vocab_size=config.model.vocab_size, progress=progress)
         config, tokenizer = with_tokenizer(config, tokens)
         write_text(out / "config.toml", config.to_toml())
         verify(tokens)
@@ -312,9 +311,10 @@ class _Run:
 
 def _validation(stream: TokenStream, tokenizer: Tokenizer, budget: int) -> tuple[list[list[int]], int]:
     """The first validation documents of about `budget` tokens, without their end tokens, and their UTF-8 bytes."""
+    begin = tokenizer.prompt_ids("")[0]
     documents = []
     for ids in stream.documents():
-        documents.append(ids)
+        documents.append(ids[1:] if ids[:1] == [begin] else ids)
         budget -= len(ids) + 1
         if budget <= 0:
             break

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemlet.loss import IGNORE, cross_entropy, linear_cross_entropy
 
@@ -57,7 +58,7 @@ def test_never_more_logits_than_a_chunk(monkeypatch):
     monkeypatch.setattr("gemlet.loss.CHUNK_LOGITS", 301 * 64)
     largest = 0
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             out = func(*args, **(kwargs or {}))

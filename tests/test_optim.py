@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ def test_the_rate_rises_to_the_peak_and_falls_to_min_lr(schedule):
     lr = rates(schedule=schedule)
     assert lr[0] == pytest.approx(1e-3)
     assert lr[9] == pytest.approx(1e-2) == max(lr)
-    assert all(a < b for a, b in zip(lr[:9], lr[1:10], strict=True))
-    assert all(a >= b for a, b in zip(lr[10:], lr[11:], strict=False))
+    assert all(a < b for a, b in pairwise(lr[:10]))
+    assert all(a >= b for a, b in pairwise(lr[10:]))
     assert lr[-1] == pytest.approx(1e-3)
 
 

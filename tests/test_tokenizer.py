@@ -304,3 +304,13 @@ def test_gpt2_by_name_comes_from_the_hub_and_then_from_its_cache(tmp_path):
         assert load() == tiny_tokenizer().hash
         assert load(HF_HUB_OFFLINE="1") == tiny_tokenizer().hash
         assert hub.downloads("tokenizer.json") == 1
+
+
+def test_a_begin_token_of_its_own_stands_before_every_document():
+    names = ["<eos>", "<bos>", *(f"<0x{b:02X}>" for b in range(256))]
+    backend = tokenizers.Tokenizer(models.BPE({n: i for i, n in enumerate(names)}, [], byte_fallback=True))
+    backend.add_special_tokens(["<eos>", "<bos>"])
+    tokenizer = Tokenizer(backend, "<bos>", "<eos>")
+    ids = tokenizer.encode_documents(["a", "b"]).tolist()
+    assert ids == [1, *tokenizer.encode("a"), 0, 1, *tokenizer.encode("b"), 0]
+    assert tokenizer.prompt_ids("a") == ids[:2]
