@@ -274,9 +274,9 @@ class DataConfig(_Strict):
     text_field: str = "text"
     """The column or key that holds the text, in .jsonl, .parquet and hub data."""
     split: Literal["auto", "endoftext", "blank-lines", "line", "file"] = "auto"
-    """What separates documents in a .txt: a line `<|endoftext|>`, blank lines, every line, or nothing (one
-    document a file). auto: the end-of-text line if the file has one, else two blank lines in a row if it has
-    them, else the whole file is one document."""
+    """What separates documents in a .txt: endoftext, a line `<|endoftext|>`; blank-lines, every blank line; line, every
+    line; file, nothing: a file is one document. auto: the end-of-text line if the file has one, else two blank lines
+    in a row if it has them, else the whole file is one document."""
     tokenizer: str = "bpe"
     """`bpe` trains one on the documents, `gpt2` is GPT-2's (from the hub); or a folder or tokenizer.json."""
     max_documents: Positive | None = None
