@@ -65,7 +65,7 @@ class Quickstart:
         lm = load(result.checkpoint)
         for seed, prompt in enumerate(("Once upon a time", "One sunny morning", "Long ago")):
             print()
-            _tell(prompt, lm.stream(prompt, temperature=0.7, seed=seed))
+            _tell(prompt, lm.stream(prompt, temperature=0.5, seed=seed))
         gemlet = _program()
         print(
             f'\nNext:\n  {gemlet} generate --model {self.out} --prompt "Once upon a time" --num-samples 3\n'
