@@ -63,7 +63,7 @@ class Quickstart:
             print(f"Training time    {result.seconds:,.0f} s")
         print(f"Loss curve       {self.out / 'loss.png'}\nModel            {result.checkpoint}")
         lm = load(result.checkpoint)
-        for seed, prompt in enumerate(("Once upon a time", "One sunny morning", "Long ago")):
+        for seed, prompt in enumerate(STORIES):
             print()
             _tell(prompt, lm.stream(prompt, temperature=0.5, seed=seed))
         gemlet = _program()
@@ -286,6 +286,9 @@ class Doctor:
         if self.hub:
             print(f"{'hub':<16}{_reach_hub()}")
 
+
+# How the stories of the quick start begin: each leads into a plot of its own.
+STORIES = ("Once upon a time", "One night", "One afternoon, Lily planned a picnic")
 
 VERBS: dict[str, type] = {
     "quickstart": Quickstart,
