@@ -19,7 +19,7 @@ def one_by_one(model, tokenizer, documents) -> tuple[float, int]:
     nats = tokens = 0.0
     for text in documents:
         ids = [*tokenizer.prompt_ids(text), tokenizer.eos_token_id]
-        logp = model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+        logp = model(torch.tensor([ids[:-1]]))[0].detach().log_softmax(-1)
         nats -= sum(float(logp[i, token]) for i, token in enumerate(ids[1:]))
         tokens += len(ids) - 1
     return nats, int(tokens)

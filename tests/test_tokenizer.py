@@ -222,7 +222,9 @@ def test_a_tokenizer_of_another_kind_works(tmp_path):
         assert not {1, 2} & set(ids)
         pieces = tokenizer.decoder()
         assert "".join([*map(pieces.push, ids), pieces.flush()]) == text
-    assert tokenizer.encode_documents(["a b", "c"]).tolist() == [*tokenizer.encode("a b"), 1, *tokenizer.encode("c"), 1]
+    # its begin token is not its end token: it stands before every document, as it does before a prompt
+    documents = [*tokenizer.prompt_ids("a b"), 1, *tokenizer.prompt_ids("c"), 1]
+    assert documents[0] == 2 and tokenizer.encode_documents(["a b", "c"]).tolist() == documents
     tokenizer.save(tmp_path / "again")
     assert Tokenizer.load(tmp_path / "again").hash == tokenizer.hash
 
@@ -304,13 +306,3 @@ def test_gpt2_by_name_comes_from_the_hub_and_then_from_its_cache(tmp_path):
         assert load() == tiny_tokenizer().hash
         assert load(HF_HUB_OFFLINE="1") == tiny_tokenizer().hash
         assert hub.downloads("tokenizer.json") == 1
-
-
-def test_a_begin_token_of_its_own_stands_before_every_document():
-    names = ["<eos>", "<bos>", *(f"<0x{b:02X}>" for b in range(256))]
-    backend = tokenizers.Tokenizer(models.BPE({n: i for i, n in enumerate(names)}, [], byte_fallback=True))
-    backend.add_special_tokens(["<eos>", "<bos>"])
-    tokenizer = Tokenizer(backend, "<bos>", "<eos>")
-    ids = tokenizer.encode_documents(["a", "b"]).tolist()
-    assert ids == [1, *tokenizer.encode("a"), 0, 1, *tokenizer.encode("b"), 0]
-    assert tokenizer.prompt_ids("a") == ids[:2]
