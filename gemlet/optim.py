@@ -39,9 +39,8 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
         optimizers.append(Muon(matrices, config.muon_lr, config.momentum, config.weight_decay))
     else:
         groups.append({"params": matrices, "weight_decay": config.weight_decay})
-    fused = rest[0].device.type in ("cpu", "cuda", "mps")
     betas = (config.beta1, config.beta2)
-    optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=fused))
+    optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -75,9 +74,7 @@ def import_state(optimizers: list[torch.optim.Optimizer], model: nn.Module, tens
         mine = {p for group in optimizer.param_groups for p in group["params"]}
         for name, p in model.named_parameters():
             if p in mine:
-                state = by_name[name]
-                # AdamW counts its steps in a tensor that stays on the CPU unless the update is fused on a GPU
-                optimizer.state[p] = {k: v.to(p.device) if v.ndim or p.is_cuda else v for k, v in state.items()}
+                optimizer.state[p] = {key: value.to(p.device) for key, value in by_name[name].items()}
 
 
 class Muon(torch.optim.Optimizer):

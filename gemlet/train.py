@@ -91,7 +91,7 @@ def train(
         write_text(out / "config.toml", config.to_toml())
         verify(tokens)
         meta = load_meta(tokens)
-        state = _start(config, device)
+        state = new_state(config, device)
         checkpoints = Checkpoints(out / "checkpoints", config.train.keep_checkpoints)
         if resume:
             _restore(state, checkpoints, meta)
@@ -137,7 +137,7 @@ def with_tokenizer(config: RunConfig, tokens: Path) -> tuple[RunConfig, Tokenize
     model = config.model.replace(
         vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
     )
-    return config.replace(model=model.model_dump()), tokenizer
+    return config.replace(model=model), tokenizer
 
 
 def _agree(config: RunConfig | None, out: Path, resume: bool) -> RunConfig:
@@ -169,7 +169,7 @@ def _agree(config: RunConfig | None, out: Path, resume: bool) -> RunConfig:
     return config
 
 
-def _start(config: RunConfig, device: torch.device) -> TrainState:
+def new_state(config: RunConfig, device: torch.device) -> TrainState:
     """A model with its initial weights, its optimizers and the scaler, which does nothing but in fp16."""
     model = init_weights(Gemma(config.model), config.train.seed).to(device)
     dtype = DTYPES[pick_precision(config.train.precision, device)]

@@ -21,7 +21,7 @@ from gemlet.evaluate import evaluate
 from gemlet.optim import lr_at
 from gemlet.prepare import prepare
 from gemlet.tokenizer import Tokenizer
-from gemlet.train import TrainState, _start, train, train_step, with_tokenizer
+from gemlet.train import TrainState, new_state, train, train_step, with_tokenizer
 
 MODEL = {
     "vocab_size": 400,
@@ -66,7 +66,7 @@ def config(tokens: Path, **changes) -> RunConfig:
 
 def start(tokens: Path, **changes) -> tuple[RunConfig, TrainState, TokenStream]:
     chosen, _ = with_tokenizer(config(tokens, **changes), tokens)
-    return chosen, _start(chosen, torch.device("cpu")), TokenStream.open(tokens, "train")
+    return chosen, new_state(chosen, torch.device("cpu")), TokenStream.open(tokens, "train")
 
 
 def metrics(out: Path) -> list[dict]:
