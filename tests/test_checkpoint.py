@@ -267,7 +267,7 @@ def test_a_pickle_is_refused_and_not_run(folder: Path, tmp_path: Path, name: str
 
 INDICES: dict[str, tuple[Any, str]] = {
     "outside": ("../secret.safetensors", r"names '\.\./secret\.safetensors'"),
-    "absolute": ("/tmp/secret.safetensors", "names '/tmp"),
+    "absolute": ("/elsewhere/secret.safetensors", "names '/elsewhere"),
     "backslashes": ("..\\secret.safetensors", "names '"),
     "a drive": ("C:secret.safetensors", "names 'C:"),
     "a subfolder": ("train_state/optimizer.safetensors", "names 'train_state"),
