@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gemlet.config import ModelConfig
 from gemlet.errors import GemletError, did_you_mean
-from gemlet.files import recover, remove, whole_folder, writing
+from gemlet.files import new_folder, recover, remove, whole_folder, writing
 from gemlet.model import Gemma
 from gemlet.tensors import Stored, is_finite, read_header, read_tensors, write_tensors
 from gemlet.tokenizer import Tokenizer
@@ -39,16 +39,20 @@ SHARD_BYTES = 5 * 10**9
 # A model's folder
 
 
-def save_model(folder: str | Path, model: Gemma, tokenizer: Tokenizer, dtype: torch.dtype | None = None) -> None:
+def save_model(
+    folder: str | Path,
+    model: Gemma,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Write a Hugging Face folder, whole or not at all; its weights in `dtype`, or as they are.
 
     The folder must be new or empty. Weights that are not finite are a TrainingError.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise GemletError(f"{folder} is there already and not empty; give the name of a new folder")
-    with writing(folder, _bytes(model.state_dict(), dtype)), whole_folder(folder) as new:
-        _write_model(new, model, tokenizer, dtype)
+    with new_folder(folder, _bytes(model.state_dict(), dtype)) as new:
+        write_model(new, model, tokenizer, dtype, max_shard_bytes)
 
 
 def load_model(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Gemma:
@@ -56,6 +60,20 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu", dtype: to
 
     Nothing is loaded approximately: every tensor of the configuration must be there by name and shape, in floating
     point and finite, and nothing else. All of this but the finiteness is checked before memory is taken for weights.
+    """
+    config, stored = stored_weights(folder)
+    with torch.device("meta"):
+        model = Gemma(config).to(dtype)
+    model.to_empty(device=device)
+    _read_weights(stored, model)
+    return model
+
+
+def stored_weights(folder: str | Path) -> tuple[ModelConfig, dict[str, Stored]]:
+    """The configuration of a Hugging Face folder and its tensors by name, checked but not read.
+
+    Every tensor of the configuration is there by name and shape, in floating point, and nothing else but perhaps the
+    head of a tied model, which has to equal the embedding.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -66,11 +84,8 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu", dtype: to
     if config.num_parameters > 10 * held:  # more than a few tensors to name, and perhaps more than a machine can hold
         raise GemletError(f"{folder}: config.json makes {config.num_parameters:,} parameters, the files hold {held:,}")
     with torch.device("meta"):
-        model = Gemma(config).to(dtype)
-    _check_weights(folder, stored, model)
-    model.to_empty(device=device)
-    _read_weights(stored, model)
-    return model
+        _check_weights(folder, stored, Gemma(config))
+    return config, stored
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -88,8 +103,10 @@ def read_config(folder: str | Path) -> ModelConfig:
     return ModelConfig.from_hf(values, str(file))
 
 
-def _write_model(folder: Path, model: Gemma, tokenizer: Tokenizer, dtype: torch.dtype | None) -> None:
-    """The files of a Hugging Face folder."""
+def write_model(
+    folder: Path, model: Gemma, tokenizer: Tokenizer, dtype: torch.dtype | None, max_shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write the files of a Hugging Face folder into a folder that is not yet in its own place."""
     config, tensors = model.config, model.state_dict()
     stored = dtype or model.model.embed_tokens.weight.dtype
     _write_json(folder / "config.json", config.to_hf(str(stored).removeprefix("torch.")))
@@ -100,7 +117,7 @@ def _write_model(folder: Path, model: Gemma, tokenizer: Tokenizer, dtype: torch.
 
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in tensors.items():
-        if shards[-1] and _bytes({**shards[-1], name: tensor}, dtype) > SHARD_BYTES:
+        if shards[-1] and _bytes({**shards[-1], name: tensor}, dtype) > max_shard_bytes:
             shards.append({})
         shards[-1][name] = tensor
     if len(shards) == 1:
@@ -237,7 +254,7 @@ class Checkpoints:
         needed = _bytes(model.state_dict()) + _bytes(state) + 2**20
         self._recover()
         with writing(folder, needed), whole_folder(folder) as new:
-            _write_model(new, model, tokenizer, None)
+            write_model(new, model, tokenizer, None)
             (new / "train_state").mkdir()
             write_tensors(new / "train_state" / "optimizer.safetensors", state)
             _write_json(new / "train_state" / "state.json", meta)

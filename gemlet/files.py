@@ -59,6 +59,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
     remove(old)
 
 
+@contextmanager
+def new_folder(path: Path, needed: int) -> Iterator[Path]:
+    """`whole_folder` at the user's wish: a path that is taken is refused, a disk that is full told in a sentence."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise GemletError(f"{path} is there already and not empty; give the name of a new folder")
+    with writing(path, needed), whole_folder(path) as new:
+        yield new
+
+
 def recover(path: Path) -> None:
     """Clear away what a `whole_folder(path)` that did not end has left, and put back the old folder if it is gone."""
     remove(path.with_name(f".tmp-{path.name}"))

@@ -37,7 +37,7 @@ def load(source: str | Path, device: str = "auto", dtype: str | torch.dtype = "a
         raise GemletError(
             f"dtype is {dtype!r}, but must be auto, {', '.join(DTYPES)}, or torch's dtype for one of them"
         )
-    place, folder = pick_device(device), _folder(source)
+    place, folder = pick_device(device), model_folder(source)
     return LM(load_model(folder, place, weights), Tokenizer.load(folder))
 
 
@@ -173,7 +173,7 @@ def _params(sampling: SamplingOptions) -> SamplingParams:
     return SamplingParams(**sampling)
 
 
-def _folder(source: str | Path) -> Path:
+def model_folder(source: str | Path) -> Path:
     """The folder that holds the model: the one named, the best checkpoint of a run, or the cached copy of the hub's."""
     path = Path(source).expanduser()
     if path.is_dir():

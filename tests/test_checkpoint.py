@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from gemlet import checkpoint, tensors
+from gemlet import tensors
 from gemlet.checkpoint import Checkpoints, load_model, read_config, run_lock, save_model, verify
 from gemlet.errors import GemletError, TrainingError
 from gemlet.model import Gemma
@@ -91,10 +91,9 @@ def test_another_dtype_on_the_way_out_and_in(tmp_path: Path):
     assert same_tensors(load_model(tmp_path / "a").state_dict(), {name: t.float() for name, t in rounded.items()})
 
 
-def test_large_weights_are_cut_into_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_large_weights_are_cut_into_shards(tmp_path: Path):
     model = small(tie_word_embeddings=False)
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 11_000)
-    save_model(tmp_path / "a", model, tiny_tokenizer())
+    save_model(tmp_path / "a", model, tiny_tokenizer(), max_shard_bytes=11_000)
     assert same(load_model(tmp_path / "a"), model)
     shards = sorted(p.name for p in (tmp_path / "a").glob("*.safetensors"))
     assert shards == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from gemlet import cli
+from gemlet import cli, verbs
 from gemlet.cli import main
 from gemlet.config import RunConfig, validated
 from gemlet.errors import GemletError
@@ -201,7 +201,7 @@ def test_what_is_raised_becomes_an_exit_code_and_a_line(error, code, words, caps
     def fail(self: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli.Doctor, "__call__", fail)
+    monkeypatch.setattr(verbs.Doctor, "__call__", fail)
     assert words in complaint(capsys, "doctor", code=code)
     assert main(["doctor", "--debug"]) == code
     assert "Traceback" in capsys.readouterr().err
@@ -247,5 +247,5 @@ def test_the_sampling_flags_are_those_of_sampling_params():
         }
         return {f.name: (f.type, f.default, docs[f.name]) for f in dataclasses.fields(kind)}
 
-    flags, params = fields(cli.Generate), fields(SamplingParams)
+    flags, params = fields(verbs.Generate), fields(SamplingParams)
     assert {name: flags.get(name) for name in params} == params

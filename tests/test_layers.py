@@ -8,18 +8,21 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gemlet"
-FRONTS = {"__init__", "__main__"}  # doors to the layers, part of none
+FRONTS = {"__init__", "__main__", "export/__init__"}  # doors to the layers, part of none
 
 
 def table() -> dict[str, tuple[int, set[str]]]:
     """{file: (layer, what it may import from gemlet)} as the page says."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d) \| `(\w+)\.py` \| [^|]+\|([^|]*)\|$", page, re.MULTILINE)
-    return {name: (int(layer), set(re.findall(r"\w+", imports))) for layer, name, imports in rows}
+    rows = re.findall(r"^\| (\d) \| `([\w/]+)\.py` \| [^|]+\|([^|]*)\|$", page, re.MULTILINE)
+    return {name: (int(layer), set(re.findall(r"[\w/]+", imports))) for layer, name, imports in rows}
 
 
 TABLE = table()
-TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.glob("*.py"))}
+TREES = {
+    path.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
 
 
 def imported(tree: ast.Module) -> set[str]:
@@ -36,8 +39,8 @@ def imported(tree: ast.Module) -> set[str]:
 
 def from_gemlet(tree: ast.Module) -> set[str]:
     """The files of gemlet among them, other than errors.py."""
-    parts = [module.split(".") for module in imported(tree)]
-    return {p[1] for p in parts if p[0] == "gemlet" and len(p) > 1 and p[1] in TREES} - {"errors"}
+    paths = {module.removeprefix("gemlet.").replace(".", "/") for module in imported(tree) if "gemlet." in module}
+    return {path for path in paths if path in TREES} - {"errors"}
 
 
 def test_every_file_has_its_row_and_every_row_its_file():
