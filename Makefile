@@ -10,7 +10,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 ARGS :=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check format build wheel-test clean
+.PHONY: help quickstart test check format docs build wheel-test clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 @\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -29,6 +29,9 @@ check: $(VENV)/installed-dev ## lint, formatting, types
 format: $(VENV)/installed-dev ## bring the code into its format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+docs: $(VENV)/installed-dev ## the documentation as a site, in build/site/ (open build/site/index.html)
+	$(PY) -m sphinx -W --keep-going -q -c docs/site -d build/doctrees docs build/site
 
 build: $(VENV)/installed-dev ## the wheel and the source archive, in dist/
 	@rm -rf build dist
@@ -56,7 +59,7 @@ $(VENV)/installed: $(PY) pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	@echo "Installing what tests and checks need ..."
-	@$(PIP) -e '.[dev]'
+	@$(PIP) -e '.[dev,docs]'
 	@touch $@
 
 $(PY):
