@@ -306,6 +306,11 @@ def _print_plain(text: str) -> None:
     print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
 
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; none if there is no such file."""
+    return [record for _, record in _lines(Path(path))]
+
+
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """The whole lines of a metrics.jsonl, as they lie in the file and read; a torn one is passed over."""
     if not path.exists():
@@ -336,7 +341,7 @@ def draw_loss(metrics_path: Path, png_path: Path, title: str) -> None:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
-    records = [record for _, record in _lines(Path(metrics_path))]
+    records = read_metrics(metrics_path)
     train, val, lr, tokens, bpb = (
         _series(records, key) for key in ("train/loss", "val/loss", "train/lr", "train/tokens", "val/bpb")
     )

@@ -53,7 +53,7 @@ def documents(
         found = tales.stories(seed=0) if split_name == "train" else tales.stories(seed=1)
         yield from islice(found, limit if split_name == "train" else max(1, limit // 100))
         return
-    if _hub_name(source) is not None:
+    if hub_name(source) is not None:
         repo, files = _hub_files(source, split_name)
         opened = (_read(repo.fetch(file), text_field, split) for file in files)
     elif split_name == "train":
@@ -71,7 +71,7 @@ def documents(
 
 def has_validation(source: str) -> bool:
     """Whether the source itself says which documents are for validation: tales do, and data sets of the hub may."""
-    return source == "tales" or (_hub_name(source) is not None and bool(_by_split(_hub_data(source)[1])["validation"]))
+    return source == "tales" or (hub_name(source) is not None and bool(_by_split(_hub_data(source)[1])["validation"]))
 
 
 def files_of(source: str) -> list[Path]:
@@ -101,7 +101,7 @@ def files_of(source: str) -> list[Path]:
 
 def text_bytes(source: str) -> int | None:
     """About how many bytes of text the source holds, where that can be told without reading it."""
-    if source == "tales" or _hub_name(source) is not None:
+    if source == "tales" or hub_name(source) is not None:
         return None
     files = files_of(source)
     return sum(f.stat().st_size for f in files) if all(f.suffix in (".txt", ".jsonl") for f in files) else None
@@ -116,7 +116,7 @@ def fingerprint(source: str, known: dict[str, Any] | None = None) -> dict[str, A
     if source == "tales":
         first = "\n".join(islice(tales.stories(), 64))
         return {"identity": {"tales": hashlib.sha256(first.encode()).hexdigest()}}
-    if (name := _hub_name(source)) is not None:
+    if (name := hub_name(source)) is not None:
         return {"identity": {"hub": name}}
     seen = {tuple(entry["stat"]): entry["sha256"] for entry in (known or {}).get("files", [])}
     root, entries = Path(source), []
@@ -314,15 +314,15 @@ def _refuse_other_encodings(path: Path, start: bytes) -> None:
 # --- the hub ---
 
 
-def _hub_name(source: str) -> str | None:
-    """OWNER/NAME or OWNER/NAME/FOLDER, if the source is on the hub."""
+def hub_name(source: str) -> str | None:
+    """OWNER/NAME or OWNER/NAME/FOLDER, if the source is a data set of the hub."""
     source = _NAMES.get(source, source)
     return source.removeprefix("hub:") if source.startswith("hub:") else None
 
 
 def _hub_data(source: str) -> tuple[Repository, list[str]]:
     """The data files of a set: its .parquet files, or if it has none its .jsonl, or .txt files."""
-    name = _hub_name(source) or ""
+    name = hub_name(source) or ""
     owner_name, folder = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
     repo = repository(owner_name, "dataset")
     inside = [file for file in repo.files if file.startswith(f"{folder}/" if folder else "")]
@@ -341,11 +341,11 @@ def _hub_files(source: str, split_name: Split) -> tuple[Repository, list[str]]:
     repo, data = _hub_data(source)
     files = _by_split(data)[split_name]
     if not files:
-        raise GemletError(f"the hub's dataset {_hub_name(source)} has no {split_name} files; it has {_few(data)}")
+        raise GemletError(f"the hub's dataset {hub_name(source)} has no {split_name} files; it has {_few(data)}")
     folders = sorted({Path(file).parent.as_posix() for file in files})
     if len(folders) > 1:
         raise GemletError(
-            f"the hub's dataset {_hub_name(source)} has {split_name} files in several folders: {_few(folders)}; choose "
+            f"the hub's dataset {hub_name(source)} has {split_name} files in several folders: {_few(folders)}; choose "
             f"one: hub:{repo.name}/FOLDER"
         )
     return repo, files
