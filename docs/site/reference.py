@@ -118,7 +118,7 @@ def options(found: list[Flag]) -> str:
         facts = [flag.limits.capitalize()] if flag.limits else []
         if flag.default is REQUIRED:
             facts.append("Required")
-        elif flag.default not in (None, (), False, True):
+        elif flag.value and flag.default not in (None, ()):
             facts.append(f"Default: `{shown(flag.default)}`")
         entries.append(f"````{{option}} {heads}\n{flag.help} {' '.join(f'*{fact}.*' for fact in facts)}\n````")
     return "\n\n".join(entries)
