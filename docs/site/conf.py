@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mmdr
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent
@@ -26,7 +27,6 @@ release = metadata.version("gemlet")
 extensions = ["myst_parser"]
 exclude_patterns = ["site"]
 myst_heading_anchors = 3
-nitpicky = False  # the types in signatures are torch's and Python's as well, which are not documented here
 
 html_theme = "furo"
 html_title = "gemlet"
@@ -78,12 +78,12 @@ def prepare(app: Sphinx, page: str, source: list[str]) -> None:
     source[0] = f"{text}\n\n{navigation()}\n" if page == "index" else text
 
 
+def reread(app: Sphinx, env: BuildEnvironment, pages: list[str]) -> None:
+    """Read anew what depends on more than its page: the home page on all others, the reference on the code."""
+    pages += [page for page in ("index", *NAVIGATION["Reference"]) if page not in pages]
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("source-read", prepare)
-    app.connect("env-before-read-docs", lambda app, env, pages: reread(app, pages))
-
-
-def reread(app: Sphinx, pages: list[str]) -> None:
-    """Read the generated pages every time: what they are made of is not a page, so Sphinx does not see it change."""
-    pages += [page for page in NAVIGATION["Reference"] if page in app.env.found_docs and page not in pages]
+    app.connect("env-before-read-docs", reread)
