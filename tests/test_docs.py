@@ -16,7 +16,9 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from itertools import islice
 from pathlib import Path
 
@@ -26,6 +28,7 @@ import torch
 from gemlet import cli, tales
 from gemlet.config import RunConfig, preset
 from gemlet.train import train
+from gemlet.verbs import VERBS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if "site" not in path.parts)]
@@ -163,3 +166,80 @@ def test_every_fence_is_of_a_known_kind():
         assert {block.language for block in found} <= known, page.name
         read = len(found) + sum(block.prints is not None for block in found)
         assert text.count("```") == 2 * read, f"{page.name}: a fence that is not read"
+
+
+FLAG = re.compile(r"(?<!\S)--[a-z][\w.-]*")
+
+
+def test_every_flag_that_a_page_names_exists(capsys: pytest.CaptureFixture[str]):
+    known = {"--help", "--debug", "--version"}.union(*(shown(verb, capsys) for verb in VERBS))
+    for page in PAGES:
+        prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+        named = {flag for code in re.findall(r"`([^`]+)`", prose) for flag in FLAG.findall(code)}
+        assert named - known == set(), page.name
+
+
+def shown(verb: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """The flags that `gemlet VERB --help` lists."""
+    capsys.readouterr()
+    assert cli.main([*verb.split(), "--help"]) == 0
+    rows = re.findall(r"^\W (--.*)", capsys.readouterr().out, re.MULTILINE)
+    return {flag for row in rows for flag in FLAG.findall(row)}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built as `make docs` does: a warning is an error."""
+    pytest.importorskip("sphinx", reason="the extra docs is not installed")
+    folder = tmp_path_factory.mktemp("site")
+    options = ["-W", "--keep-going", "-q", "-c", ROOT / "docs" / "site", "-d", folder / "doctrees"]
+    built = [sys.executable, "-m", "sphinx", *options, ROOT / "docs", folder / "html"]
+    done = subprocess.run(built, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "html"
+
+
+class Loaded(HTMLParser):
+    """What a browser fetches to show a page: everything that is referred to, but for links."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        fetched = [values.get(key) for key in ("src", "srcset", "data", "poster", "xlink:href")]
+        fetched += [values.get("href")] if tag in ("link", "image", "use") else []
+        self.addresses += [address for address in fetched if address]
+
+
+def test_the_site_is_read_without_a_network(site: Path):
+    pages = sorted(site.rglob("*.html"))
+    assert {path.relative_to(site).with_suffix("").as_posix() for path in pages} >= {
+        path.relative_to(ROOT / "docs").with_suffix("").as_posix() for path in PAGES[1:]
+    }
+    for page in pages:
+        loaded = Loaded()
+        loaded.feed(page.read_text(encoding="utf-8"))
+        assert loaded.addresses, page.name
+        for address in loaded.addresses:
+            inside = address.startswith(("data:", "#")) or (page.parent / address.partition("?")[0]).is_file()
+            assert inside, f"{page.name} loads {address}"
+    for path in [*site.rglob("*.css"), *pages]:
+        text = path.read_text(encoding="utf-8")
+        assert re.findall(r"""(?:url\(|@import)\s*["']?(?:https?:)?//[^"')]+""", text) == [], path.name
+
+
+def test_the_site_draws_its_diagrams(site: Path):
+    html = (site / "architecture.html").read_text(encoding="utf-8")
+    assert "<svg" in html and "flowchart LR" not in html
+
+
+def test_the_reference_has_every_flag_and_no_other(site: Path, capsys: pytest.CaptureFixture[str]):
+    for page, verbs, whole in (("commands", [*VERBS], False), ("configuration", ["train"], True)):
+        html = (site / "reference" / f"{page}.html").read_text(encoding="utf-8")
+        for verb in verbs:
+            flags = {flag for flag in shown(verb, capsys) if ("." in flag) == whole}
+            part = html if whole else html.split(f'id="{verb.replace(" ", "-")}"')[1].split("</section>")[0]
+            found = set(re.findall(r'<span class="sig-name descname"><span class="pre">(--[\w.-]+)', part))
+            assert found - {"--data"} == flags - {"--data"}, verb

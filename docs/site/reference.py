@@ -146,7 +146,7 @@ def value(hint: Any, *marks: Any) -> str:
         return "|".join(map(str, get_args(hint)))
     if get_origin(hint) is tuple:
         return f"{value(get_args(hint)[0])} ..."
-    return "" if hint is bool else {str: "TEXT"}.get(hint, hint.__name__.upper())
+    return "" if hint is bool else "TEXT" if hint is str else hint.__name__.upper()
 
 
 def limits(field: FieldInfo) -> str:
