@@ -31,7 +31,8 @@ format: $(VENV)/installed-dev ## bring the code into its format
 	$(PY) -m ruff format .
 
 docs: $(VENV)/installed-dev ## the documentation as a site, in build/site/ (open build/site/index.html)
-	$(PY) -m sphinx -W --keep-going -q -c docs/site -d build/doctrees docs build/site
+	@rm -rf build/site
+	$(PY) -m sphinx -W --keep-going -q -E -c docs/site -d build/doctrees docs build/site
 
 build: $(VENV)/installed-dev ## the wheel and the source archive, in dist/
 	@rm -rf build dist

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import mmdr
 from sphinx.application import Sphinx
-from sphinx.environment import BuildEnvironment
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent
@@ -78,12 +77,6 @@ def prepare(app: Sphinx, page: str, source: list[str]) -> None:
     source[0] = f"{text}\n\n{navigation()}\n" if page == "index" else text
 
 
-def reread(app: Sphinx, env: BuildEnvironment, pages: list[str]) -> None:
-    """Read anew what depends on more than its page: the home page on all others, the reference on the code."""
-    pages += [page for page in ("index", *NAVIGATION["Reference"]) if page not in pages]
-
-
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("source-read", prepare)
-    app.connect("env-before-read-docs", reread)
