@@ -95,11 +95,15 @@ def blocks(page: str) -> list[Block]:
 
 def absent(needs: str | None) -> bool:
     """Whether something that a fence needs is not here."""
-    if needs is None or needs == "a GPU":
-        return needs is not None and not torch.cuda.is_available()
-    if needs == "the network" or shutil.which(needs):
-        return needs == "the network"
-    return not any(True for found in importlib.metadata.distributions() if found.name == needs)
+    if needs is None or needs == "the network":
+        return needs is not None
+    if needs == "a GPU":
+        return not torch.cuda.is_available()
+    try:
+        importlib.metadata.distribution(needs)
+    except importlib.metadata.PackageNotFoundError:
+        return shutil.which(needs) is None
+    return False
 
 
 @pytest.fixture(scope="module")
