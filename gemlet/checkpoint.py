@@ -31,7 +31,7 @@ from gemlet.tensors import Stored, is_finite, read_header, read_tensors, write_t
 from gemlet.tokenizer import Tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-MANIFEST = "train_state/manifest.json"
+MANIFEST, STATE = "train_state/manifest.json", "train_state/state.json"
 SHARD_BYTES = 5 * 10**9
 """Weights beyond this are cut into several files, as transformers does."""
 
@@ -156,7 +156,11 @@ def _read_weights(stored: dict[str, Stored], model: Gemma) -> None:
     for name, target in model.state_dict().items():
         stored[name].read_into(target)
         if not is_finite(target):
-            raise GemletError(f"{stored[name].file}: {name} has values that are not finite in {_short(target.dtype)}")
+            narrower = target.dtype == torch.float16 and stored[name].dtype != torch.float16
+            raise GemletError(
+                f"{stored[name].file}: {name} has values that are not finite in {_short(target.dtype)}"
+                + (", which ends at 65,504; take bf16 or fp32" if narrower else "")
+            )
     if model.lm_head is None and "lm_head.weight" in stored:
         head = stored["lm_head.weight"]
         if not head.equals(model.model.embed_tokens.weight):
@@ -257,7 +261,7 @@ class Checkpoints:
             write_model(new, model, tokenizer, None)
             (new / "train_state").mkdir()
             write_tensors(new / "train_state" / "optimizer.safetensors", state)
-            _write_json(new / "train_state" / "state.json", meta)
+            _write_json(new / STATE, meta)
             _write_json(new / MANIFEST, _manifest(new))
         with writing(self.root, needed):
             self.point("last", folder)
@@ -294,8 +298,7 @@ class Checkpoints:
             stored = _stored(path)
             _check_weights(path, stored, model)
             _read_weights(stored, model)
-        folder = path / "train_state"
-        return read_tensors(folder / "optimizer.safetensors"), _read_json(folder / "state.json")
+        return read_tensors(path / "train_state" / "optimizer.safetensors"), read_state(path)
 
     def _numbered(self) -> list[Path]:
         """The numbered folders, newest first."""
@@ -328,6 +331,11 @@ class Checkpoints:
                 doomed = self.root / f".tmp-{folder.name}"  # in one move, so that no half of it looks like a checkpoint
                 os.rename(folder, doomed)
                 remove(doomed)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors: the `meta` of `Checkpoints.save`."""
+    return _read_json(folder / STATE)
 
 
 def verify(folder: Path, pattern: str = ".+") -> None:

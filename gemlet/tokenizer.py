@@ -35,6 +35,10 @@ GPT2_PATTERN = (
 )
 """GPT-2's pre-tokenisation, rearranged for speed; the pieces are the same."""
 
+HF_CLASS = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+"""In every tokenizer_config.json: a class that transformers 4 and 5 know, and what it gives a model. By default it gives
+token types, too, which `generate` of transformers 4 refuses."""
+
 _SEPARATOR = "<|endoftext|>"  # between documents that are encoded in one call; no beginning of it is also its ending
 _LONG_RUN = 8192  # white space in a row, in characters: the pattern's engine gives up at about a million
 _SPACES = re.compile(rf"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{{{_LONG_RUN},}}")
@@ -125,7 +129,7 @@ class Tokenizer:
         begin token followed by the ids of `encode`. `context` is the longest text in tokens that a model takes."""
         config = {
             **self._extra,
-            "tokenizer_class": "PreTrainedTokenizerFast",
+            **HF_CLASS,
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
             "clean_up_tokenization_spaces": False,
