@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from gemlet.errors import GemletError
 
@@ -19,17 +20,28 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Give the file this content: after a crash at any instant it has the old one or all of the new one."""
+    with writing(path, len(data)), whole_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` when the block ends, once all of it is on the disk.
+
+    If the block fails nothing is left of the new file, and what was at `path` is as it was; after a crash there may be
+    a hidden file beside it, which the next attempt replaces.
+    """
     temporary = path.with_name(f".tmp-{path.name}")
-    with writing(path, len(data)):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(data)
-            _sync(temporary)
-            os.replace(temporary, path)
-            _sync(path.parent)
-        except BaseException:
-            remove(temporary)
-            raise
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except BaseException:
+        remove(temporary)
+        raise
 
 
 @contextmanager
@@ -99,8 +111,8 @@ def writing(path: Path, needed: int) -> Iterator[None]:
             raise
         reason = error.strerror or str(error)
         if error.errno in _FULL:
-            reason = f"{reason} ({_size(needed)} needed, {_size(_free(path))} free); nothing that was there is lost: "
-            reason += "free some space and try again"
+            reason += f" ({human_size(needed)} needed, {human_size(_free(path))} free); nothing that was there is lost"
+            reason += ": free some space and try again"
         raise GemletError(f"cannot write {path}: {reason}") from error
 
 
@@ -109,8 +121,10 @@ def _free(path: Path) -> int:
     return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
 
 
-def _size(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+def human_size(size: int) -> str:
+    """A number of bytes with one decimal, in GB, MB or kB."""
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if size >= u), (1e3, "kB"))
+    return f"{size / unit:.1f} {name}"
 
 
 def _sync(path: Path) -> None:

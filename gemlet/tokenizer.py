@@ -138,10 +138,21 @@ class Tokenizer:
         write_text(Path(folder, "tokenizer.json"), self._backend.to_str(pretty=True) + "\n")
         write_text(Path(folder, "tokenizer_config.json"), json.dumps(config, indent=2) + "\n")
 
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What `tokenizer.json` says."""
+        return json.loads(self._backend.to_str())
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template that turns a conversation into a prompt, for the tokenizer of a chat model."""
+        template = self._extra.get("chat_template")
+        return template if isinstance(template, str) else None
+
     @cached_property
     def hash(self) -> str:
         """sha256 of all that decides the ids: equal hashes, equal ids. How the file is laid out does not matter."""
-        spec = json.loads(self._backend.to_str())
+        spec = self.spec
         essence: list[Any] = [self.bos_token, self.eos_token, sorted(self._backend.get_vocab().items())]
         if self._ranks is None:
             essence += [spec["normalizer"], spec["pre_tokenizer"], spec["model"], spec["added_tokens"]]
@@ -247,6 +258,25 @@ class IncrementalDecoder:
         return decode(self._ids)[len(decode(self._ids[: self._shown])) :]
 
 
+_BPE_OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+
+
+def is_byte_level(spec: dict[str, Any]) -> bool:
+    """Whether a `tokenizer.json` is a byte-level BPE with GPT-2's pattern and every byte, and nothing beside it."""
+    model, pattern = spec["model"], spec["pre_tokenizer"] or {}
+    return (
+        spec["normalizer"] is None
+        and pattern.get("type") == "ByteLevel"
+        and not pattern.get("add_prefix_space")
+        and pattern.get("use_regex", True)
+        and model["type"] == "BPE"
+        and not any(model.get(k) for k in _BPE_OPTIONS)
+        and not model.get("byte_fallback")
+        and all(token["special"] for token in spec["added_tokens"])
+        and all(token in model["vocab"] for token in _ALPHABET)
+    )
+
+
 def _gpt2_ranks(backend: tokenizers.Tokenizer) -> dict[bytes, int] | None:
     """{bytes: id} for tiktoken if it gives the ids of `backend` on every text, else None.
 
@@ -256,21 +286,13 @@ def _gpt2_ranks(backend: tokenizers.Tokenizer) -> dict[bytes, int] | None:
     those which spelling it alone gives, and then they are the listed pair.
     """
     spec = json.loads(backend.to_str())
-    model, pattern = spec["model"], spec["pre_tokenizer"] or {}
-    if (
-        spec["normalizer"] is not None
-        or pattern.get("type") != "ByteLevel"
-        or pattern.get("add_prefix_space")
-        or not pattern.get("use_regex", True)
-        or model["type"] != "BPE"
-        or any(model.get(k) for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"))
-        or not all(token["special"] for token in spec["added_tokens"])
-    ):
+    if not is_byte_level(spec):
         return None
+    model = spec["model"]
     vocabulary = model["vocab"]
     merged = [left + right for left, right in (m.split(" ") if isinstance(m, str) else m for m in model["merges"])]
     ids = [vocabulary[token] for token in merged]
-    if not all(token in vocabulary for token in _ALPHABET) or any(a >= b for a, b in pairwise(ids)):
+    if any(a >= b for a, b in pairwise(ids)):
         return None
     if any(len(backend.model.tokenize(token)) != 1 for token in merged):
         return None
