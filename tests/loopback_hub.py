@@ -371,6 +371,8 @@ class _Handler(BaseHTTPRequestHandler):
             value = line["value"]
             if line["key"] == "header":
                 message = value["summary"]
+                if value.get("parentCommit", repo.revision) != repo.revision:
+                    return self._refuse(412, "", "A commit has happened since. Please refresh and try again.")
             elif line["key"] == "file":
                 files[value["path"]] = _File(base64.b64decode(value["content"]))
             elif line["key"] == "lfsFile":
