@@ -10,7 +10,8 @@ PIP := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 ARGS :=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check format docs build wheel-test clean
+
+.PHONY: help quickstart test check interop format docs build wheel-test clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 @\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -33,6 +34,18 @@ format: $(VENV)/installed-dev ## bring the code into its format
 docs: $(VENV)/installed-dev ## the documentation as a site, in build/site/ (open build/site/index.html)
 	@rm -rf build/site
 	$(PY) -m sphinx -W --keep-going -q -E -c docs/site -d build/doctrees docs build/site
+
+# The runtimes live in environments of their own, .envs/NAME, made from tests/interop/NAME.txt.
+RUNTIMES := transformers-4 llama.cpp mlx
+
+interop: $(VENV)/installed-dev $(RUNTIMES:%=.envs/%/installed) ## install other runtimes and hold models against them
+	OMP_NUM_THREADS=1 $(PY) -m pytest -rs tests/interop $(ARGS)
+
+.envs/%/installed: tests/interop/%.txt
+	@echo "Installing $* into .envs/$* ..."
+	@$(PY) -m venv --clear .envs/$*
+	@.envs/$*/bin/python -m pip --disable-pip-version-check install -q -r $<
+	@touch $@
 
 build: $(VENV)/installed-dev ## the wheel and the source archive, in dist/
 	@rm -rf build dist

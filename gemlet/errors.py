@@ -21,6 +21,12 @@ class TrainingError(GemletError):
     exit_code = 1
 
 
+class Mismatch(GemletError):
+    """A comparison that was asked for and found a difference (exit code 1)."""
+
+    exit_code = 1
+
+
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest allowed word, or an empty string when none is near."""
     near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -16,12 +17,12 @@ import time
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from gemlet.config import DataConfig, RunConfig, validated
-from gemlet.errors import GemletError
+from gemlet.errors import GemletError, Mismatch
 
 Unnamed = tyro.conf.arg(name="")  # a nested configuration whose fields are flags without a prefix for itself
 
@@ -251,6 +252,173 @@ class Generate:
         print(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s", file=sys.stderr)
 
 
+Packed = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]  # types of the weights in a GGUF file
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """The flag of a verb that writes a model in another form."""
+
+    model: str
+    """A run or a checkpoint of it, any Hugging Face Gemma 3 text folder, or a hub name."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Published(Export):
+    """The flags of a verb that writes a Hugging Face folder for others."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Of the weights. Unset: as they are stored."""
+    max_shard_size: float = 5.0
+    """Gigabytes of the largest file of weights; more are cut into several."""
+    license: str | None = None
+    """For the model card, as the hub writes it: apache-2.0, mit, cc-by-4.0, ... Unset: the card names none."""
+    language: str | None = None
+    """For the model card: en, de, ... Unset: en for tales and TinyStories, else none."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of `export_hf`."""
+        size = int(self.max_shard_size * 10**9) if math.isfinite(self.max_shard_size) else 0
+        return {
+            "dtype": self.dtype,
+            "max_shard_bytes": size,
+            "license": self.license,
+            "language": self.language,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportHF(Published):
+    """Write a Hugging Face folder to publish: cast, without the training's state, with a model card."""
+
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """Folder to write, new or empty."""
+
+    def __call__(self) -> None:
+        """Write it."""
+        from gemlet.export.hf import export_hf
+
+        print(f"{export_hf(self.model, self.out, **self.options)}: ready for transformers, vLLM, MLX and the hub")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportGGUF(Export):
+    """Write a GGUF file for llama.cpp, and a Modelfile for Ollama beside it."""
+
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """File to write, such as tales.gguf."""
+    dtype: Packed = "f16"
+    """Of the weights: q8_0 takes half of 16 bits and loses next to nothing, q4_0 a quarter."""
+
+    def __call__(self) -> None:
+        """Write them."""
+        from gemlet.export.gguf import export_gguf
+        from gemlet.lm import model_folder
+
+        file = export_gguf(model_folder(self.model), self.out, self.dtype)
+        print(f"{file}: {file.stat().st_size / 1e6:,.1f} MB, {self.dtype}, for llama.cpp and what is made of it")
+        print(f"{file.with_suffix('.Modelfile')}: ollama create {file.stem} -f {file.with_suffix('.Modelfile')}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportWeb(Export):
+    """Write a folder of static files: a page that tells stories in a browser, with no server behind it.
+
+    The page computes with wllama, llama.cpp in WebAssembly, which is not part of gemlet: --fetch has npm download it
+    once.
+    """
+
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """Folder to write, new or empty."""
+    dtype: Packed = "q8_0"
+    """Of the weights."""
+    name: str | None = None
+    """What the page calls the model. Unset: as the run or the folder."""
+    prompts: tuple[str, ...] = ()
+    """Beginnings that the page suggests. Unset: a few that fit children's stories."""
+    wllama: Path | None = None
+    """A folder that holds wllama's packages already. Unset: the cache that --fetch fills."""
+    fetch: bool = False
+    """Download wllama with npm, unless it is in the cache."""
+
+    def __call__(self) -> None:
+        """Write it."""
+        from gemlet.export.web import BEGINNINGS, export_web, fetch_wllama
+
+        wllama = fetch_wllama() if self.fetch and self.wllama is None else self.wllama
+        options: dict[str, Any] = {"dtype": self.dtype, "name": self.name, "wllama": wllama}
+        out = export_web(self.model, self.out, beginnings=self.prompts or BEGINNINGS, **options)
+        print(f"{out}: put it on any static server; to see it here:")
+        print(f"  python3 -m http.server --bind 127.0.0.1 --directory {out}   and open http://localhost:8000")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportHub(Published):
+    """Push a model to the Hugging Face hub, after saying what will be uploaded and asking."""
+
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OWNER/NAME")]
+    """The repository, OWNER/NAME. A new one is private unless --public is given."""
+    public: bool = False
+    """Make a new repository public."""
+    yes: bool = False
+    """Push without asking, for scripts."""
+
+    def __call__(self) -> None:
+        """Say it, ask, push."""
+        from gemlet.export.hub import plan_push, published, push
+
+        with published(self.model, self.name, **self.options) as folder:
+            plan = plan_push(folder, self.name, private=False if self.public else None)
+            print(plan, flush=True)
+            if not self.yes:
+                _confirm("Push this?", "--yes")
+            print(push(plan))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verify(Documents):
+    """Run a model in transformers, llama.cpp and MLX, as far as they are installed, and compare with ours.
+
+    The table has, a row a runtime: the largest difference of a logit, the part of all positions with the same likeliest
+    token, the tokens of a greedy continuation that are the same, the texts with the same ids among those that are hard
+    to tokenise, and how much the perplexity differs. Exit code 1 if anything is out of tolerance.
+    """
+
+    target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL|FILE.gguf")]
+    """A run or a checkpoint of it, any Hugging Face Gemma 3 text folder, a hub name, or a .gguf file."""
+    against: str | None = None
+    """The model that a .gguf file was made from, named like a target."""
+    python: tuple[str, ...] = ()
+    """Pythons of other environments to look for runtimes in, such as .envs/mlx/bin/python."""
+    data: str = "tales"
+    """Stories to compare on, named as for `gemlet eval`."""
+    json: bool = False
+    """Print one JSON object a line instead of the table."""
+
+    def __call__(self) -> None:
+        """Print a row a runtime."""
+        documents = self.documents(held_out=True)
+        from rich.console import Console
+
+        from gemlet.verify import table, verify
+
+        reports = []
+        with Console(stderr=True).status("comparing ...") as status:
+            for report in verify(self.target, documents, self.against, self.python):
+                reports.append(report)
+                status.update(f"comparing ... {report.runtime} done")
+                if self.json:
+                    print(json.dumps(dataclasses.asdict(report) | {"passed": report.passed}), flush=True)
+        if not self.json:
+            Console().print(table(reports))
+            for report in reports:
+                if report.problem:
+                    print(f"{report.runtime}: {report.problem}")
+        if wrong := [report.runtime for report in reports if not report.passed]:
+            raise Mismatch(f"{len(wrong)} of {len(reports)} do not compute what gemlet does: {', '.join(wrong)}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Doctor:
     """Say what gemlet finds here: versions, device, compiler, disk."""
@@ -291,8 +459,21 @@ VERBS: dict[str, type] = {
     "train": Train,
     "eval": Eval,
     "generate": Generate,
+    "export hf": ExportHF,
+    "export gguf": ExportGGUF,
+    "export web": ExportWeb,
+    "export hub": ExportHub,
+    "verify": Verify,
     "doctor": Doctor,
 }
+
+
+def _confirm(question: str, flag: str) -> None:
+    """Go on only at a yes from the terminal; where nobody can answer, the flag has to say it."""
+    if not sys.stdin.isatty():
+        raise GemletError(f"there is no terminal to ask on; nothing was done: give {flag} to go on without asking")
+    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+        raise GemletError("nothing was done")
 
 
 def _tell(prompt: str, pieces: Iterable[str]) -> str:
