@@ -118,6 +118,8 @@ class Tokenizer:
                 f"tokenizer.json{did_you_mean(str(path), ['gpt2', 'bpe'])}"
             )
         config = _read_json(folder / "tokenizer_config.json")
+        if (folder / "chat_template.jinja").is_file():  # where transformers 5 puts it
+            config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         bos, eos = _end_tokens(backend, folder, config)
         loaded = cls(backend, bos, eos, {key: config[key] for key in _KEPT_KEYS if config.get(key)})
         if loaded.eos_token_id in loaded.encode(eos):
@@ -285,6 +287,8 @@ def _gpt2_ranks(backend: tokenizers.Tokenizer) -> dict[bytes, int] | None:
     pieces that tiktoken finds at the moment it forms a token are, as no earlier merge crossed the token's borders,
     those which spelling it alone gives, and then they are the listed pair.
     """
+    if backend.normalizer is not None:  # Gemma's has one: seen without spelling out a quarter of a million tokens
+        return None
     spec = json.loads(backend.to_str())
     if not is_byte_level(spec):
         return None

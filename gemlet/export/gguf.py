@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,18 +149,16 @@ def export_gguf(
     header = _header(metadata, tensors)
     total = len(header) + sum(_aligned(tensor.size) for tensor in tensors)
     with writing(out, total), whole_file(out) as file:
-        at = file.write(header)
+        file.write(header)
         for tensor in tensors:
-            size = 0
-            for data in tensor.data():
-                size += file.write(data)
+            for data in chain(tensor.data(), [bytes(_aligned(tensor.size) - tensor.size)]):
+                file.write(data)
                 if progress:
-                    progress(at + size, total)
-            assert size == tensor.size, f"{tensor.name} has {size} bytes, not {tensor.size}"
-            at += size + file.write(bytes(_aligned(size) - size))
-    modelfile = out.with_suffix(".Modelfile")
-    if not modelfile.exists():
-        write_text(modelfile, ollama_modelfile(out.name, folder, config, tokenizer))
+                    progress(file.tell(), total)
+        assert file.tell() == total, f"{file.tell()} bytes were written, not {total}"
+        modelfile = out.with_suffix(".Modelfile")
+        if not modelfile.exists():
+            write_text(modelfile, ollama_modelfile(out.name, folder, config, tokenizer))
     return out
 
 
@@ -188,8 +187,8 @@ def model_metadata(config: ModelConfig, name: str, file_type: int) -> dict[str, 
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "rope.freq_base": config.rope_theta,
     }
-    if any(sliding):  # a file without a window has full layers only
-        pattern = next((p for p in range(1, layers + 1) if config.layers == layer_pattern(layers, p)), None)
+    if any(sliding):  # a file without a window has full layers only; a pattern is a number, or else a list
+        pattern = next((p for p in range(2, layers + 2) if config.layers == layer_pattern(layers, p)), None)
         gemma3 |= {
             "attention.sliding_window": config.sliding_window,
             "attention.sliding_window_pattern": sliding if pattern is None else pattern,
@@ -212,8 +211,6 @@ class _Tensor:
     name: str
     stored: Stored
     format: Format
-    twin: Stored | None = None
-    """The superfluous output head of a tied model, which has to hold the same."""
 
     @property
     def size(self) -> int:
@@ -222,18 +219,13 @@ class _Tensor:
 
     def data(self) -> Iterator[memoryview]:
         """The values, piece after piece, as they are written."""
-        plus = 1 if self.name.endswith("norm.weight") else 0  # llama.cpp's norms multiply by w, Gemma's by 1 + w
-        twins = self.twin.pieces() if self.twin else None
+        is_norm = self.name.endswith("norm.weight")
         for piece in self.stored.pieces():
-            if twins and not torch.equal(piece.float(), next(twins).float()):
-                raise GemletError(
-                    f"{self.stored.file}: lm_head.weight differs from the embedding, but config.json ties them; set "
-                    "tie_word_embeddings to false there if the model has its own output head"
-                )
             if not is_finite(piece):
                 raise GemletError(f"{self.stored.file}: {self.stored.name} has values that are not finite")
+            values = piece.float()
             try:
-                packed = self.format.pack(piece.float() + plus)
+                packed = self.format.pack(values + 1 if is_norm else values)  # llama.cpp's norms multiply by w alone
             except OverflowError:
                 raise GemletError(
                     f"{self.stored.file}: {self.stored.name} has values that are too large for this dtype; export the "
@@ -249,24 +241,33 @@ def _tensors(config: ModelConfig, stored: dict[str, Stored], dtype: str) -> list
     for i in range(config.num_hidden_layers):
         names |= {f"model.layers.{i}.{theirs}": f"blk.{i}.{ours}" for theirs, ours in BLOCK_TENSORS.items()}
     names[norm] = TENSORS[norm]
-    twin = stored.get(head) if config.tie_word_embeddings else None
     if not config.tie_word_embeddings:
         names[head] = TENSORS[head]
-    unknown = sorted(stored.keys() - names.keys() - {head})
-    if unknown:
-        raise GemletError(f"{stored[unknown[0]].file}: {unknown[0]} has no name in a GGUF file of this kind")
-    most = embedding if config.tie_word_embeddings else head  # every error in it is an error in the logits
+    elif head in stored:
+        _check_equal(stored[head], stored[embedding])
+    output = embedding if config.tie_word_embeddings else head
     return [
-        _Tensor(
-            ours, stored[theirs], _format(stored[theirs], dtype, theirs == most), twin if theirs == embedding else None
-        )
+        _Tensor(ours, stored[theirs], _format(stored[theirs], dtype, theirs == output))
         for theirs, ours in names.items()
     ]
 
 
-def _format(stored: Stored, dtype: str, is_head: bool) -> Format:
-    """Norms stay in float32; a matrix whose rows are no whole blocks in half precision, as llama.cpp's own tools do."""
-    format = Q8_0 if dtype == "q4_0" and is_head else DTYPES[dtype][0]
+def _check_equal(head: Stored, embedding: Stored) -> None:
+    """A tied model may come with its output head all the same."""
+    for ours, theirs in zip(head.pieces(), embedding.pieces(), strict=True):
+        if not torch.equal(ours.float(), theirs.float()):
+            raise GemletError(
+                f"{head.file}: lm_head.weight differs from the embedding, but config.json ties them; set "
+                "tie_word_embeddings to false there if the model has its own output head"
+            )
+
+
+def _format(stored: Stored, dtype: str, is_output: bool) -> Format:
+    """Norms stay in float32; matrices whose rows are no whole blocks in half precision, as llama.cpp's own tool has it.
+
+    q4_0 keeps the output head in q8_0: every error in it is an error of a logit.
+    """
+    format = Q8_0 if dtype == "q4_0" and is_output else DTYPES[dtype][0]
     if len(stored.shape) == 1:
         return F32
     return F16 if stored.shape[-1] % format.block else format
@@ -337,6 +338,12 @@ def ollama_modelfile(file: str, folder: Path, config: ModelConfig, tokenizer: To
         "stop": json.dumps(tokenizer.eos_token),
     }
     lines = [f"FROM ./{file}"]
+    if config.layers != layer_pattern(config.num_hidden_layers, 6) or config.rope_local_base_freq != 10_000:
+        lines = [
+            "# Ollama's own engine for Gemma 3 takes every sixth layer to be full and the local RoPE base to be 10000",
+            "# (read in its source, not run). Not so in this model: llama.cpp computes it right, that engine does not.",
+            *lines,
+        ]
     if tokenizer.chat_template is None:  # with one, Ollama looks for its own form of it
         lines.append("TEMPLATE {{ .Prompt }}")
     lines += [f"PARAMETER {key} {value}" for key, value in parameters.items()]
