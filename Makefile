@@ -20,7 +20,7 @@ quickstart: $(VENV)/installed ## install, train a small model, hear three storie
 	@$(PY) -m gemlet quickstart $(ARGS)
 
 test: $(VENV)/installed-dev ## run the tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --ignore=tests/interop $(ARGS)
 
 check: $(VENV)/installed-dev ## lint, formatting, types
 	$(PY) -m ruff check .

@@ -15,6 +15,9 @@ with special tokens as ordinary text, "facts": what the file says of itself}, an
 `logits.npy`.
 """
 
+# pyright: reportMissingImports=false
+# The runtimes are not gemlet's dependencies, and often not in its environment.
+
 import json
 import sys
 from importlib import metadata, util
