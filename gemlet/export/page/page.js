@@ -13,25 +13,36 @@ function say(message, error = false) {
   status.classList.toggle("error", error);
 }
 
-/** The bytes of a file beside the page; `loaded(fraction)` is called while they come. */
-async function download(name, loaded) {
-  const answer = await fetch(name, { cache: "no-cache" }).catch(() => {
-    throw new Error("The server does not answer. Is it still running?");
-  });
-  if (!answer.ok) {
-    throw new Error(`The server has no ${name} (it says ${answer.status}). Was the whole folder put on the server?`);
-  }
-  const size = Number(answer.headers.get("Content-Length")); // of what is sent, which may be compressed
-  const parts = [];
-  let received = 0;
-  for (const reader = answer.body.getReader(); ; ) {
-    const { done, value } = await reader.read();
-    if (done) break;
-    parts.push(value);
-    received += value.length;
-    if (size) loaded(Math.min(1, received / size));
-  }
-  return new Blob(parts);
+/** Files of the server, as Blobs; `loaded(fraction)` is called while they come. */
+function download(names, loaded) {
+  let [received, size] = [0, 0];
+  return Promise.all(
+    names.map(async (name) => {
+      const answer = await fetch(name, { cache: "no-cache" }).catch(() => {
+        throw new Error("The server does not answer. Is it still running?");
+      });
+      if (!answer.ok) {
+        throw new Error(`The server has no ${name} (it says ${answer.status}). Was the whole folder put on it?`);
+      }
+      size += Number(answer.headers.get("Content-Length")); // of what is sent, which may be compressed
+      const parts = [];
+      for (const reader = answer.body.getReader(); ; ) {
+        const { done, value } = await reader.read();
+        if (done) return new Blob(parts, { type: answer.headers.get("Content-Type") });
+        parts.push(value);
+        received += value.length;
+        loaded(Math.min(1, received / size));
+      }
+    }),
+  );
+}
+
+/** wllama, from the addresses of its two programs: one for most browsers, one for Safari. */
+function engine(Wllama, standard, compat, logger) {
+  const none = {}; // in place of a store: browsers have one for https and localhost alone, and the page needs none
+  const made = new Wllama({ default: standard }, { logger, cacheManager: none, modelManager: none });
+  made.setCompat({ worker: "wllama/compat.js", wasm: compat }); // unless told, it would ask a far server for it
+  return made;
 }
 
 async function load() {
@@ -40,23 +51,35 @@ async function load() {
   const { Wllama } = await import("./wllama/index.js").catch((error) => {
     throw new Error(`wllama/index.js does not run (${error.message}). Was the whole folder put on the server?`);
   });
-  const model = await download("model.gguf", (fraction) => (progress.value = fraction));
+  const files = ["wllama/wllama.wasm", "wllama/compat.wasm"];
+  const name = engine(Wllama, ...files).getWorkerResources().compat ? files[1] : files[0];
+  const [program, model] = await download([name, "model.gguf"], (fraction) => (progress.value = fraction));
   progress.removeAttribute("value"); // starting takes a moment of unknown length
-  const quiet = { debug() {}, log() {}, warn() {}, error() {} }; // every error is also thrown
-  const engine = new Wllama({ default: "wllama/wllama.wasm" }, { logger: quiet, suppressNativeLog: true });
-  engine.setCompat({ worker: "wllama/compat.js", wasm: "wllama/compat.wasm" }); // for Safari; else from a far server
+
+  // wllama does not notice every failure of its program and of llama.cpp; what they say is all there is to go by.
+  const complaints = [];
+  let abort;
+  const aborted = new Promise((_, reject) => (abort = reject));
+  const hear = (line) => String(line).startsWith("Aborted(") && abort(new Error(line));
+  const logger = { debug() {}, log: hear, warn: hear, error: (...words) => complaints.push(words.join(" ")) };
+  const address = URL.createObjectURL(program);
+  const made = engine(Wllama, address, address, logger);
+  const options = {
+    n_ctx: Number(element("context").dataset.tokens),
+    n_parallel: 1,
+    n_gpu_layers: 0, // the same arithmetic in every browser
+    cache_type_k: "f32",
+    cache_type_v: "f32",
+    log_level: 4, // errors
+  };
   try {
-    await engine.loadModel([model], {
-      n_ctx: Number(element("context").dataset.tokens),
-      n_parallel: 1,
-      n_gpu_layers: 0, // the same arithmetic in every browser
-      cache_type_k: "f32",
-      cache_type_v: "f32",
-    });
+    await Promise.race([made.loadModel([model], options), aborted]);
+    if (!made.getLoadedContextInfo().success) throw new Error(complaints[0] ?? "no reason given");
   } catch (error) {
-    throw new Error(`The model does not start in this browser: ${error.message}. Another browser, or a newer one, may.`);
+    throw new Error(`The model does not start in this browser (${error.message}). A newer one, or another, may do it.`);
   }
-  wllama = engine;
+  URL.revokeObjectURL(address);
+  wllama = made;
 }
 
 /** Settings as llama.cpp's server names them. The samplers and their order are those of `gemlet generate`. */
