@@ -106,9 +106,10 @@ class ModelConfig(_Strict):
                 f"layer_types names {len(self.layers)} layers, but num_hidden_layers is {self.num_hidden_layers}"
             )
         for name, ids in (("bos", self.bos_token_id), ("eos", self.eos_token_id), ("pad", self.pad_token_id)):
-            for token in ids if isinstance(ids, tuple) else (ids,):
-                if token is not None and not 0 <= token < self.vocab_size:
-                    problems.append(f"{name}_token_id is {token}, but vocab_size is {self.vocab_size}")
+            given = ids if isinstance(ids, tuple) else () if ids is None else (ids,)
+            wrong = [token for token in given if not 0 <= token < self.vocab_size]
+            if wrong:
+                problems.append(f"{name}_token_id is {wrong[0]}, but vocab_size is {self.vocab_size}")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -181,8 +182,8 @@ class ModelConfig(_Strict):
         """Read a Hugging Face `config.json` of either generation; refuse by name what cannot be computed exactly."""
         if values.get("model_type") != "gemma3_text":
             raise GemletError(
-                f"{where}: model_type is {values.get('model_type')!r}, but gemlet computes 'gemma3_text' only"
-                + did_you_mean(str(values.get("model_type")), ["gemma3_text"])
+                f"{where}: model_type is {_shown(values.get('model_type'))}, but gemlet computes 'gemma3_text' only: "
+                "Gemma 3 for text alone, such as google/gemma-3-270m or google/gemma-3-1b-it"
             )
         exact: dict[str, tuple[Any, ...]] = {
             "hidden_activation": ("gelu_pytorch_tanh",),
@@ -190,22 +191,26 @@ class ModelConfig(_Strict):
             "attn_logit_softcapping": (None,),
             "final_logit_softcapping": (None,),
             "use_bidirectional_attention": (False, None),
+            "partial_rotary_factor": (None, 1.0),
             "auto_map": (None,),
             "quantization_config": (None,),
         }
         for key, allowed in exact.items():
             if key in values and values[key] not in allowed:
                 raise GemletError(
-                    f"{where}: {key} is {values[key]!r}, but gemlet computes only "
+                    f"{where}: {key} is {_shown(values[key])}, but gemlet computes only "
                     f"{' or '.join(map(repr, allowed))}; it does not load a model approximately"
                 )
+        unset = ("layer_types", "rope_theta", "rope_local_base_freq")  # null here means that it is derived
         chosen = {
-            key: values[key] for key in cls.model_fields if key in values and (values[key] is not None or "_id" in key)
+            key: values[key]
+            for key in cls.model_fields
+            if key in values and (values[key], key in unset) != (None, True)
         }
         chosen.update(_rope_from_hf(values, where))
         layers = chosen.get("num_hidden_layers", 26)
-        if "layer_types" not in chosen and isinstance(values.get("sliding_window_pattern"), int):
-            chosen["layer_types"] = layer_pattern(min(layers, 1024), max(1, values["sliding_window_pattern"]))
+        if "layer_types" not in chosen and type(layers) is int:
+            chosen["layer_types"] = layer_pattern(min(layers, 1024), _pattern_from_hf(values, where))
         # What config.json leaves out has the default of transformers' Gemma3TextConfig, not the default above.
         hf_defaults = {
             "vocab_size": 262_208,
@@ -221,9 +226,6 @@ class ModelConfig(_Strict):
         }
         for key, default in hf_defaults.items():
             chosen.setdefault(key, default)
-        for key in ("rope_theta", "rope_local_base_freq"):
-            if isinstance(chosen.get(key), int):
-                chosen[key] = float(chosen[key])
         scalar = chosen["query_pre_attn_scalar"]
         if isinstance(scalar, float) and scalar.is_integer():  # transformers 4 was not strict about it
             chosen["query_pre_attn_scalar"] = int(scalar)
@@ -242,25 +244,48 @@ def layer_pattern(layers: int, pattern: int) -> tuple[Literal["sliding_attention
     return tuple(FULL if (i + 1) % pattern == 0 else SLIDING for i in range(layers))
 
 
+def _pattern_from_hf(values: dict[str, Any], where: str) -> int:
+    """Which layers are full where `layer_types` does not say it: every n-th.
+
+    transformers writes `_sliding_window_pattern` but reads the key without the underscore, so alone it must be the
+    default.
+    """
+    pattern = values.get("sliding_window_pattern")
+    key = "_sliding_window_pattern" if pattern is None else "sliding_window_pattern"
+    given = values.get(key, 6)
+    if type(given) is not int or given < 1 or (pattern is None and given != 6):
+        raise GemletError(f"{where}: {key} is {_shown(given)}, which does not tell the layers; give layer_types")
+    return given
+
+
 def _rope_from_hf(values: dict[str, Any], where: str) -> dict[str, float]:
     """The two RoPE bases, from `rope_parameters` (transformers 5) or the older keys; only plain RoPE is computed."""
     if values.get("rope_scaling") is not None:
-        raise GemletError(f"{where}: rope_scaling is {values['rope_scaling']!r}, but gemlet computes plain RoPE only")
+        raise GemletError(
+            f"{where}: rope_scaling is {_shown(values['rope_scaling'])}, but gemlet computes plain RoPE only"
+        )
     nested = values.get("rope_parameters")
-    if nested is None:
-        return {}
     found = {}
     for kind, key in ((FULL, "rope_theta"), (SLIDING, "rope_local_base_freq")):
-        rope = nested.get(kind) if isinstance(nested, dict) else None
-        if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default" or "rope_theta" not in rope:
-            raise GemletError(
-                f"{where}: rope_parameters[{kind!r}] is {rope!r}, but gemlet computes plain RoPE only: "
-                '{"rope_type": "default", "rope_theta": number}'
-            )
-        found[key] = rope["rope_theta"]
-        if key in values and values[key] is not None and float(values[key]) != float(found[key]):
-            raise GemletError(f"{where}: {key} is {values[key]} but rope_parameters says {found[key]}; make them equal")
+        bases = [] if values.get(key) is None else [values[key]]
+        if nested is not None:
+            rope = nested.get(kind) if isinstance(nested, dict) else None
+            if not isinstance(rope, dict) or {**rope, "rope_theta": 0} not in _PLAIN_ROPE or "rope_theta" not in rope:
+                raise GemletError(
+                    f"{where}: rope_parameters[{kind!r}] is {_shown(rope)}, but gemlet computes plain RoPE only: "
+                    '{"rope_type": "default", "rope_theta": number}'
+                )
+            bases.append(rope["rope_theta"])
+        for base in bases:
+            if type(base) not in (int, float) or not 0 < base < 1e30:
+                raise GemletError(f"{where}: {key} is {_shown(base)}, but must be a number above 0")
+            if base != bases[0]:
+                raise GemletError(f"{where}: {key} is {bases[0]} but rope_parameters says {base}; make them equal")
+            found[key] = float(base)
     return found
+
+
+_PLAIN_ROPE = ({"rope_theta": 0}, {"rope_type": "default", "rope_theta": 0})
 
 
 class DataConfig(_Strict):
@@ -435,19 +460,40 @@ def validated(kind: type[Model], values: dict[str, Any], where: str) -> Model:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise GemletError(f"{where}: " + "; ".join(_sentence(kind, e) for e in error.errors())) from None
+        first: dict[str, Any] = {}  # of the errors inside one value the first is enough
+        for problem in error.errors():
+            first.setdefault(_key(kind, problem["loc"]), problem)
+        sentences = [_sentence(kind, key, problem) for key, problem in first.items()]
+        raise GemletError(f"{where}: {'; '.join(sentences)}") from None
 
 
-def _sentence(kind: type[BaseModel], error: Any) -> str:
+def _key(kind: Any, place: tuple[int | str, ...]) -> str:
+    """The dotted name of the field that an error is in, without where in its value that is."""
+    path = []
+    for part in place:
+        path.append(str(part))
+        field = kind.model_fields.get(part)
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            break
+        kind = field.annotation
+    return ".".join(path)
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _sentence(kind: type[BaseModel], key: str, error: Any) -> str:
     """One pydantic error in words: the key, what was given, what is allowed."""
-    path = [str(part) for part in error["loc"]]
-    key = ".".join(path)
     if error["type"] == "extra_forbidden":
         owner: Any = kind
-        for part in path[:-1]:
-            owner = owner.model_fields[part].annotation
-        return f"unknown key {key!r}{did_you_mean(path[-1], owner.model_fields)}"
+        *sections, name = key.split(".")
+        for section in sections:
+            owner = owner.model_fields[section].annotation
+        return f"unknown key {key!r}{did_you_mean(name, owner.model_fields)}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{key + ': ' if key else ''}{message}"
-    return f"{key} is {error['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{key} is {_shown(error['input'])}: {message[0].lower()}{message[1:]}"

@@ -38,7 +38,9 @@ def load(source: str | Path, device: str = "auto", dtype: str | torch.dtype = "a
             f"dtype is {dtype!r}, but must be auto, {', '.join(DTYPES)}, or torch's dtype for one of them"
         )
     place, folder = pick_device(device), model_folder(source)
-    return LM(load_model(folder, place, weights), Tokenizer.load(folder))
+    read_config(folder)
+    tokenizer = Tokenizer.load(folder)  # first: what reading a large one takes for a moment is not on top of the weights
+    return LM(load_model(folder, place, weights), tokenizer)
 
 
 class LM:

@@ -317,7 +317,7 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path):
         message = refusal(config, tmp_path / "t")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert f"cannot write {tmp_path / 't'}" in message and "MB needed" in message and "free" in message
+    assert f"cannot write {tmp_path / 't'}" in message and "B needed" in message and "free" in message
     assert not list((tmp_path / "t").glob(".tmp-*"))
     make(config, tmp_path / "t")
     assert content(tmp_path / "t") == content(tmp_path / "straight")
