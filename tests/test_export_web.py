@@ -58,19 +58,19 @@ def site(model: Path, packages: Path, tmp_path: Path) -> Path:
     return export_web(model, tmp_path / "site", wllama=packages)
 
 
-def pack(folder: Path, changes: dict[str, list[tuple[tarfile.TarInfo, bytes]]] | None = None) -> Path:
-    """The packages as `npm pack` leaves them; `changes` has members for an archive that come before its own."""
+def pack(folder: Path, before: tuple[tarfile.TarInfo, ...] = (), changed: str | None = None) -> Path:
+    """The packages as `npm pack` leaves them; `before` come first in each archive, one file has a `changed` content."""
     folder.mkdir(exist_ok=True)
     for package, archive in zip(PACKAGES, ARCHIVES, strict=True):
         with tarfile.open(folder / archive, "w:gz") as file:
-            members = [
-                (tarfile.TarInfo(f"package/{inside}"), content(owner, inside))
-                for owner, inside, _ in FILES.values()
-                if owner == package
-            ]
-            for member, data in [*(changes or {}).get(package, []), *members]:
-                member.size = len(data)
-                file.addfile(member, io.BytesIO(data))
+            for member in before:
+                file.addfile(member)
+            for owner, inside, _ in FILES.values():
+                if owner == package:
+                    data = b"something else" if inside == changed else content(owner, inside)
+                    member = tarfile.TarInfo(f"package/{inside}")
+                    member.size = len(data)
+                    file.addfile(member, io.BytesIO(data))
     return folder
 
 
@@ -256,7 +256,7 @@ def test_names_in_an_archive_lead_nowhere(tmp_path: Path):
     hostile = [tarfile.TarInfo(name) for name in ("../escaped", "/tmp/escaped", "package/../../escaped")]
     link = tarfile.TarInfo("package/" + inside.rpartition("/")[0])
     link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
-    folder = pack(tmp_path / "packed", {package: [*((member, b"x") for member in hostile), (link, b"")]})
+    folder = pack(tmp_path / "packed", (*hostile, link))
     before = names(tmp_path)
     assert read_wllama(folder)["wllama/index.js"] == content(package, inside)
     assert names(tmp_path) == before
@@ -320,15 +320,7 @@ def test_npm_is_asked_once_for_the_pinned_release(npm: Path, model: Path, tmp_pa
 
 def test_what_npm_brings_is_checked_before_it_is_kept(npm: Path):
     package, inside, _ = next(iter(FILES.values()))
-    other = tarfile.TarInfo(f"package/{inside}")
-    pack(npm / "packed", {package: [(tarfile.TarInfo("package/README.md"), b"")]})
-    with tarfile.open(npm / "packed" / ARCHIVES[0], "w:gz") as file:
-        for owner, name, _ in FILES.values():
-            if owner == package:
-                data = b"something else" if name == inside else content(owner, name)
-                other = tarfile.TarInfo(f"package/{name}")
-                other.size = len(data)
-                file.addfile(other, io.BytesIO(data))
+    pack(npm / "packed", changed=inside)
     with pytest.raises(GemletError, match=rf"{inside} of {package} is not that of release"):
         fetch_wllama()
     assert names(cache_folder()) == set()
