@@ -8,6 +8,7 @@ are Markdown; signatures and the docstrings of fields are read from the source (
 import dataclasses
 import inspect
 import types
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -69,8 +70,11 @@ def flags(verb: str) -> list[Flag]:
             found += configured(hint, "--")
             continue
         default = field.default if field.default_factory is REQUIRED else field.default_factory()
-        names = (field.name.upper(),) if POSITIONAL in marks else _names("--", field.name, hint, default)
-        found.append(Flag(names, "" if POSITIONAL in marks else value(hint, *marks), told(kind, field.name), default))
+        text = told(kind, field.name)
+        if POSITIONAL in marks:
+            found.insert(0, Flag((_metavar(marks) or field.name.upper(),), "", text, default))
+        else:
+            found.append(Flag(_names("--", field.name, hint, default), value(hint, *marks), text, default))
     return found
 
 
@@ -136,7 +140,7 @@ def presets() -> str:
 
 def value(hint: Any, *marks: Any) -> str:
     """What is to be typed after a flag: INT, PATH, one of some words."""
-    if said := next((mark.metavar for mark in marks if getattr(mark, "metavar", None)), None):
+    if said := _metavar(marks):
         return said.strip("{}").replace(",", "|")
     if get_origin(hint) is Annotated:
         return value(*get_args(hint))
@@ -171,6 +175,11 @@ def told(kind: type, name: str) -> str:
     docstring = source()[f"{owner.__module__.removeprefix('gemlet.')}.{owner.__name__}.{name}"].docstring
     assert docstring, f"{owner.__name__}.{name} has no docstring"
     return docstring.value
+
+
+def _metavar(marks: Iterable[Any]) -> str | None:
+    """What `tyro.conf.arg(metavar=...)` says."""
+    return next((mark.metavar for mark in marks if getattr(mark, "metavar", None)), None)
 
 
 def _names(prefix: str, name: str, hint: Any, default: Any) -> tuple[str, ...]:
