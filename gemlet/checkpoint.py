@@ -91,8 +91,8 @@ def stored_weights(folder: str | Path) -> tuple[ModelConfig, dict[str, Stored]]:
 def read_config(folder: str | Path) -> ModelConfig:
     """The configuration of a Hugging Face folder; one line says what is wrong with the folder if it has none."""
     folder = Path(folder)
-    if folder.suffix in _PICKLES and folder.is_file():
-        raise _pickle(folder)
+    if folder.suffix in PICKLES and folder.is_file():
+        raise pickle_error(folder)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise GemletError(f"{folder} {what}; give a folder that holds config.json and {WEIGHTS}")
@@ -175,8 +175,8 @@ def _stored(folder: Path) -> dict[str, Stored]:
     if (folder / WEIGHTS).is_file():
         return _header(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
-        pickles = sorted(path for path in folder.iterdir() if path.suffix in _PICKLES)
-        raise _pickle(pickles[0]) if pickles else _incomplete(folder, WEIGHTS)
+        pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
+        raise pickle_error(pickles[0]) if pickles else _incomplete(folder, WEIGHTS)
     index = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise GemletError(f"{folder / INDEX} has no weight_map; copy or download it again")
@@ -204,12 +204,13 @@ def _header(path: Path) -> dict[str, Stored]:
         return read_header(path)
 
 
-_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
-def _pickle(path: Path) -> GemletError:
+def pickle_error(what: str | Path) -> GemletError:
+    """Weights that only a pickle holds, and how they become others."""
     return GemletError(
-        f"{path} is a pickle: reading it can run any code, so gemlet does not. If you trust it, convert it to "
+        f"{what} is a pickle: reading it can run any code, so gemlet does not. If you trust it, convert it to "
         "safetensors with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
     )
 

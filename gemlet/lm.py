@@ -14,7 +14,7 @@ from typing import Literal, Unpack, overload
 import torch
 from torch import Tensor
 
-from gemlet.checkpoint import load_model, read_config
+from gemlet.checkpoint import PICKLES, load_model, pickle_error, read_config
 from gemlet.config import ModelConfig
 from gemlet.device import DTYPES, pick_device
 from gemlet.errors import GemletError, did_you_mean
@@ -39,7 +39,9 @@ def load(source: str | Path, device: str = "auto", dtype: str | torch.dtype = "a
         )
     place, folder = pick_device(device), model_folder(source)
     read_config(folder)
-    tokenizer = Tokenizer.load(folder)  # first: what reading a large one takes for a moment is not on top of the weights
+    tokenizer = Tokenizer.load(
+        folder
+    )  # first: what reading a large one takes for a moment is not on top of the weights
     return LM(load_model(folder, place, weights), tokenizer)
 
 
@@ -187,9 +189,17 @@ def model_folder(source: str | Path) -> Path:
     model = repository(name, "model")
     if "config.json" not in model.files:
         raise GemletError(f"the hub's model {name} has no config.json: it is not a Hugging Face model folder")
+    files = [file for file in model.files if "/" not in file]
+    pickles = [file for file in files if file.endswith(tuple(PICKLES))]
+    if pickles and not any(file.endswith(".safetensors") for file in files):
+        raise pickle_error(f"{pickles[0]} of the hub's model {name}")
     folder = model.fetch("config.json").parent
     read_config(folder)  # refuse what is not a Gemma 3 text model before its weights are downloaded
-    for file in model.files:
-        if "/" not in file and file.endswith((".json", ".safetensors")):
+    for file in files:
+        if file.endswith((".json", ".safetensors")) or file in _BESIDE:
             model.fetch(file)
     return folder
+
+
+_BESIDE = ("merges.txt", "tokenizer.model", "chat_template.jinja", "README.md")
+"""What else belongs to a model on the hub, and goes along when it is exported."""

@@ -36,8 +36,8 @@ GPT2_PATTERN = (
 """GPT-2's pre-tokenisation, rearranged for speed; the pieces are the same."""
 
 HF_CLASS = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
-"""In every tokenizer_config.json: a class that transformers 4 and 5 know, and what it gives a model. By default it gives
-token types, too, which `generate` of transformers 4 refuses."""
+"""In every tokenizer_config.json: a class that transformers 4 and 5 know, and what it gives a model. By default it
+gives token types, too, which `generate` of transformers 4 refuses."""
 
 _SEPARATOR = "<|endoftext|>"  # between documents that are encoded in one call; no beginning of it is also its ending
 _LONG_RUN = 8192  # white space in a row, in characters: the pattern's engine gives up at about a million

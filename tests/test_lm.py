@@ -318,6 +318,7 @@ def test_a_model_of_the_hub(folder, hub):
     assert torch.equal(load("someone/tiny").logits([0, 1, 2]), load(folder).logits([0, 1, 2]))
     assert fetched[0] == "config.json"
     assert set(fetched) == {
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -337,6 +338,10 @@ def test_another_kind_of_model_is_refused_before_its_weights_are_downloaded(hub)
     config = (source / "config.json").read_text()
     (source / "config.json").write_text(config.replace("gemma3_text", "llama"))
     with pytest.raises(GemletError, match="llama"):
+        load("someone/tiny")
+    assert fetched == ["config.json"]
+    (source / "model.safetensors").unlink()
+    with pytest.raises(GemletError, match=r"pytorch_model\.bin of the hub's model someone/tiny is a pickle"):
         load("someone/tiny")
     assert fetched == ["config.json"]
     (source / "config.json").unlink()
