@@ -39,6 +39,7 @@ docs: $(VENV)/installed-dev ## the documentation as a site, in build/site/ (open
 RUNTIMES := transformers-4 llama.cpp mlx
 
 interop: $(VENV)/installed-dev $(RUNTIMES:%=.envs/%/installed) ## install other runtimes and hold models against them
+	-@$(PY) -c "from gemlet.export.web import fetch_wllama; fetch_wllama()"
 	OMP_NUM_THREADS=1 $(PY) -m pytest -rs tests/interop $(ARGS)
 
 .envs/%/installed: tests/interop/%.txt

@@ -15,6 +15,7 @@ def table() -> dict[str, tuple[int, set[str]]]:
     """{file: (layer, what it may import from gemlet)} as the page says."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d) \| `([\w/]+)\.py` \| [^|]+\|([^|]*)\|$", page, re.MULTILINE)
+    assert len({name for _, name, _ in rows}) == len(rows), "a file has two rows"
     return {name: (int(layer), set(re.findall(r"[\w/]+", imports))) for layer, name, imports in rows}
 
 
