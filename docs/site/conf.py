@@ -26,6 +26,7 @@ release = metadata.version("gemlet")
 extensions = ["myst_parser"]
 exclude_patterns = ["site"]
 myst_heading_anchors = 3
+smartquotes = False  # a flag named in a docstring, --resume, would lose a hyphen
 
 html_theme = "furo"
 html_title = "gemlet"
