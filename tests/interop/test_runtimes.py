@@ -6,6 +6,7 @@ An environment is a folder .envs/NAME, made from NAME.txt beside this file.
 import json
 import re
 import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -37,12 +38,17 @@ def python(environment: str) -> Path:
     return ROOT / ".envs" / environment / "bin" / "python"
 
 
-def reports(target: Path, environment: str, **more):
-    """What `verify` says of the runtime in the environment."""
-    found = verify(target, TALES, pythons=[str(python(environment))], **more)
-    wanted = [report for report in found if report.runtime.startswith(version(environment))]
-    assert len(wanted) == 1
-    return wanted[0]
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch):
+    """`verify` by the runtime of an environment alone: its one report."""
+
+    def ask(target: Path, environment: str, **more):
+        monkeypatch.setattr(sys, "executable", str(python(environment)))
+        (report,) = verify(target, TALES, **more)
+        assert report.runtime.startswith(version(environment))
+        return report
+
+    return ask
 
 
 def version(environment: str) -> str:
@@ -70,17 +76,17 @@ def test_the_golden_story(environment: str, tmp_path: Path):
     assert PROMPT + answer["text"] == STORY
 
 
-def test_the_golden_model(environment: str):
-    report = reports(MODEL, environment)
+def test_the_golden_model(ask, environment: str):
+    report = ask(MODEL, environment)
     assert report.passed and not report.refused, report
     assert report.greedy == 64 and report.ids == len(HARD_TEXTS)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes(environment: str, shape: str, tmp_path: Path):
+def test_shapes(ask, environment: str, shape: str, tmp_path: Path):
     """Random weights, the norms' too; what a runtime cannot hold is told by name."""
     save_model(tmp_path / "tiny", tiny_model(3, **SHAPES[shape]), tiny_tokenizer())
-    report = reports(tmp_path / "tiny", environment)
+    report = ask(tmp_path / "tiny", environment)
     assert report.passed, report
     assert report.refused == ((environment, shape) in REFUSED), report
 
@@ -89,9 +95,9 @@ REFUSED = {("llama.cpp", "grouped, other query scale"), ("mlx", "no rule, other 
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0", "q4_0"])
-def test_gguf(dtype: str, tmp_path: Path):
+def test_gguf(ask, dtype: str, tmp_path: Path):
     if not python("llama.cpp").exists():
         pytest.skip(".envs/llama.cpp is not there: make interop RUNTIMES=llama.cpp installs it")
-    report = reports(export_gguf(MODEL, tmp_path / "golden.gguf", dtype), "llama.cpp", against=MODEL)
+    report = ask(export_gguf(MODEL, tmp_path / "golden.gguf", dtype), "llama.cpp", against=MODEL)
     assert report.passed, report
     assert report.ids == len(HARD_TEXTS)
