@@ -35,12 +35,16 @@ docs: $(VENV)/installed-dev ## the documentation as a site, in build/site/ (open
 	@rm -rf build/site
 	$(PY) -m sphinx -W --keep-going -q -E -c docs/site -d build/doctrees docs build/site
 
-# The runtimes live in environments of their own, .envs/NAME, made from tests/interop/NAME.txt.
-RUNTIMES := transformers-4 llama.cpp mlx
+# The runtimes live in environments of their own, .envs/NAME, made from tests/interop/NAME.txt; wllama in .envs/browser.
+RUNTIMES := transformers-4 llama.cpp mlx browser
 
 interop: $(VENV)/installed-dev $(RUNTIMES:%=.envs/%/installed) ## install other runtimes and hold models against them
-	-@$(PY) -c "from gemlet.export.web import fetch_wllama; fetch_wllama()"
-	OMP_NUM_THREADS=1 $(PY) -m pytest -rs tests/interop $(ARGS)
+	OMP_NUM_THREADS=1 GEMLET_WLLAMA=.envs/browser $(PY) -m pytest -rs tests/interop $(ARGS)
+
+.envs/browser/installed: gemlet/export/web.py
+	@echo "Downloading wllama with npm (Chromium and its chromedriver have to be installed by you) ..."
+	@$(PY) -c "from pathlib import Path; from gemlet.export.web import fetch_wllama; fetch_wllama(Path('.envs/browser'))"
+	@touch $@
 
 .envs/%/installed: tests/interop/%.txt
 	@echo "Installing $* into .envs/$* ..."
