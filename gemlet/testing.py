@@ -1,5 +1,6 @@
 """Tiny, whole, deterministic stand-ins for tests, ours and those of code that uses gemlet."""
 
+# ruff: noqa: RUF001 (letters that look like others are the point of HARD_TEXTS)
 from __future__ import annotations
 
 from functools import cache
@@ -12,6 +13,42 @@ if TYPE_CHECKING:
     from gemlet.tokenizer import Tokenizer
 
 TINY_VOCABULARY = 320
+
+HARD_TEXTS = (
+    "",
+    " ",
+    "\n",
+    "x:\n\n   y",
+    "a  b   c    d\t\te \n f\n\n\ng   ",
+    "   leading and trailing   ",
+    "\r\n\r\n windows \r\n old mac \r end\r\n",
+    "\n" * 50 + "x" + " " * 50,
+    "\t" * 40 + "tabs" + " \t \t ",
+    "it's I'll we've they're I'd I'm you't x's 's ' s '' 'S 'LL ’s don’t",
+    "3.14159 1,000,000 007 1e-9 0x1F ½ ² Ⅷ ٣ 十2 १२३",
+    "naïve Zoë café ﬁ Straße İi ı",
+    "e\u0301 a\u0308\u0323 o\u0302\u0301 \u0301alone Z\u0351\u036b\u0343a\u0317l\u0321g\u0354o\u032f",
+    "👩\u200d👩\u200d👧 👍🏽 🎈🎈 🇪🇺🇯🇵 ❤\ufe0f 🏴\U000e0067\U000e0062\U000e0065\U000e007f 1\ufe0f\u20e3",
+    "中文字符、日本語のテキスト。カタカナ 한국어 ไทยไม่มีช่องว่าง 𠀋𠮟 ０１２ ａｂｃ",
+    "\u202eright to left\u202c שָׁלוֹם עולם مرحبا بالعالم \u200f!\u200e",
+    "\x00\x01\x1b[0m\x7f\x80\x85\x9f\x1c\x1d\x1e\x1f\x0b\x0c",
+    "\ufeff\u200b\u200c\u2060\u00ad\u2028\u2029\u00a0\u00a0 \u00a0x\u3000y\u1680z\u180e\u202f\u205f\u2009\ufffd",
+    "</s> and <s>",
+    "<|endoftext|> <eos><bos><pad><unk><mask><start_of_turn>user\n<end_of_turn> <|endoftext| <unused7> [PAD7]",
+    "text<|endoftext|>text<eos>text<bos>text",
+    "<0x0A><0x41> \u2581 x\u2581y <h1>title</h1>\n<table><tr><td>1</td></tr></table> <b>bold</b>",
+    '{"a": [1, 2, 3], \'b\': null}; // ---- ==== #### \\n \\\\ """ `code` $x^2$ <!-- --> &amp; https://example.org/?a=b&c=%20',
+    "def f(x):\n    if x:\n\treturn  x**2  # ok\n\n\n",
+    "ǅ ʰ ª º 𝔘𝔫𝔦 ⓐ ㈱ ℃ Ⅻ ❶ ᾳ ߀ ꙮ ჟ Ꮳ ⴰ",
+    "αβγ АБВ ԱԲԳ ऄअ தமிழ் ಕನ್ನಡ မြန်မာ ខ្មែរ አማርኛ",
+    "snake_case camelCase SCREAMING kebab-case a.b.c 1st 2nd x2y _ __ ___",
+    "…—–‘’“”«»¿¡§¶†‡•™©®°±×÷√∞≠≤≥→⇒∀∃",
+    'once upon a time, there was a little girl named Lily. She said: "Hello!"\n\nThe end.',
+    "a" * 600,
+    "ab1!" * 150,
+    "\U0010ffff\ue000\U000f0000\ufdd0\ufffe",
+)
+"""Texts that tokenizers get wrong: their ids differ as soon as a tokenizer is not quite the same."""
 
 
 def tiny_config(**changes: Any) -> ModelConfig:

@@ -33,6 +33,7 @@ from gemlet.export.gguf import export_gguf
 from gemlet.generate import decode, prefill
 from gemlet.lm import LM, load, model_folder
 from gemlet.model import Gemma
+from gemlet.testing import HARD_TEXTS
 
 NEW_TOKENS = 64
 """Length of the greedy continuation."""
@@ -42,35 +43,6 @@ SCORED_ROWS = 256
 """Positions at which whole rows of logits are compared; the likeliest token is compared at every position."""
 MAX_LOGITS = 2**28
 """Logits of the sequence, all rows, so that a gigabyte holds them; a vocabulary of 262,144 leaves 1,024 tokens."""
-
-HARD_TEXTS = (
-    "",
-    " ",
-    "x:\n\n   y",
-    "Once upon a time, there was a little fox.",
-    "  two  spaces,\ttabs\t\tand\r\nlines\n\n\nthree",
-    "trailing space ",
-    "\n\n\n",
-    "It's Lily's; they'll, we've, I'm, you'd, don't, 'tis",
-    "IT'S ALL CAPS, O'NEIL'S",
-    "3 apples, 1,234.56 and 10000000000 and ½ and ²",
-    "café, cafe\u0301, naïve, Zoë",
-    "日本語のお話。むかしむかし、小さなきつねがいました。",
-    "从前有一只小狐狸",
-    "옛날 옛적에",
-    "Жила-была лиса",
-    "كان يا ما كان",
-    "नमस्ते दुनिया",
-    "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🦊",
-    "a\u00a0b\u2003c\u200bd\u2028e\u3000f",
-    "\x00\x01\x02\x1b[31m\x7f\x85",
-    "<|endoftext|>",
-    "a <|endoftext|> b<eos><bos></s><start_of_turn>user<pad><unk>",
-    "▁under▁score ▁ ĠGPT Ċ",
-    "def f(x):\n    return {'a': [1, 2, 3]}  # comment\n",
-    "....!!!???---___***", "a" * 60, "\ufeffbom", "\ufffd\ufffe",
-)  # fmt: skip
-"""Texts whose ids differ as soon as a tokenizer is not quite the same."""
 
 
 @dataclass(frozen=True)

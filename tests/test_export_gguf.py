@@ -35,9 +35,8 @@ from gemlet.export import gguf as module
 from gemlet.export.gguf import DTYPES, export_gguf, quantize_q4_0, quantize_q8_0
 from gemlet.export.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from gemlet.model import Gemma
-from gemlet.testing import tiny_config, tiny_corpus, tiny_model, tiny_tokenizer
+from gemlet.testing import HARD_TEXTS, tiny_config, tiny_corpus, tiny_model, tiny_tokenizer
 from gemlet.tokenizer import END, Tokenizer
-from tests.hard_texts import HARD_TEXTS
 
 KINDS = {"f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0, "q4_0": Kind.Q4_0}
 FIRST = "model.layers.0.self_attn.q_proj.weight"

@@ -12,6 +12,7 @@ from gemlet.checkpoint import load_model, save_model
 from gemlet.cli import main
 from gemlet.errors import GemletError
 from gemlet.tales import stories
+from gemlet.testing import HARD_TEXTS
 from gemlet.tokenizer import Tokenizer
 from tests.test_golden import MODEL
 
@@ -32,7 +33,7 @@ def test_the_golden_model_passes():
     report = only(verify.verify(MODEL, TALES))
     assert report.passed and not report.failed and report.problem is None
     assert 0 < report.logits < 1e-4
-    assert (report.argmax, report.greedy, report.greedy_of, report.ids) == (1, 64, 64, len(verify.HARD_TEXTS))
+    assert (report.argmax, report.greedy, report.greedy_of, report.ids) == (1, 64, 64, len(HARD_TEXTS))
     assert abs(report.perplexity) < 1e-5
 
 

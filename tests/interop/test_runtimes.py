@@ -17,8 +17,8 @@ from gemlet.checkpoint import save_model
 from gemlet.export.gguf import export_gguf
 from gemlet.lm import load
 from gemlet.tales import stories
-from gemlet.testing import tiny_model, tiny_tokenizer
-from gemlet.verify import HARD_TEXTS, verify
+from gemlet.testing import HARD_TEXTS, tiny_model, tiny_tokenizer
+from gemlet.verify import verify
 from tests.parity.test_transformers import SHAPES
 from tests.test_golden import MODEL, PROMPT, STORY
 
