@@ -303,7 +303,8 @@ class DataConfig(_Strict):
     line; file, nothing: a file is one document. auto: the end-of-text line if the file has one, else two blank lines
     in a row if it has them, else the whole file is one document."""
     tokenizer: str = "bpe"
-    """`bpe` trains one on the documents, `gpt2` is GPT-2's (from the hub); or a folder or tokenizer.json."""
+    """`bpe` trains one on the documents, `gpt2` is GPT-2's (from the hub); or a folder, a tokenizer.json, or
+    OWNER/NAME, a model on the hub that has one."""
     max_documents: Positive | None = None
     """Stop after this many documents. Unset: all of them (tales: 60,000)."""
 

@@ -71,6 +71,12 @@ def repository(name: str, kind: Kind) -> Repository:
     return found
 
 
+def may_be_name(source: str | Path) -> bool:
+    """Whether a source may be a name on the hub, OWNER/NAME: a path that is wrong is not to be asked of the hub."""
+    path = Path(source).expanduser()
+    return str(source).count("/") == 1 and not path.exists() and not path.parent.is_dir()
+
+
 @contextmanager
 def _explained(name: str, kind: Kind, file: str = "") -> Iterator[None]:
     """Turn what huggingface_hub raises into one sentence."""

@@ -19,7 +19,7 @@ from gemlet.config import ModelConfig
 from gemlet.device import DTYPES, pick_device
 from gemlet.errors import GemletError, did_you_mean
 from gemlet.generate import SamplingOptions, SamplingParams, generate, generate_samples
-from gemlet.hub import repository
+from gemlet.hub import may_be_name, repository
 from gemlet.model import Gemma
 from gemlet.tokenizer import IncrementalDecoder, Tokenizer
 
@@ -183,9 +183,9 @@ def model_folder(source: str | Path) -> Path:
     if path.is_dir():
         run = () if (path / "config.json").exists() else (path / "checkpoints" / "best", path / "checkpoints" / "last")
         return next((inside for inside in run if inside.is_dir()), path)
-    name = str(source)
-    if path.exists() or name.count("/") != 1 or path.parent.is_dir():  # a path that is wrong is not asked of the hub
+    if not may_be_name(source):
         raise GemletError(f"no model folder {source}: give a run, a checkpoint, or a hub name, OWNER/NAME")
+    name = str(source)
     model = repository(name, "model")
     if "config.json" not in model.files:
         raise GemletError(f"the hub's model {name} has no config.json: it is not a Hugging Face model folder")

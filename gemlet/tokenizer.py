@@ -25,7 +25,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from gemlet.errors import GemletError, did_you_mean
 from gemlet.files import write_text
-from gemlet.hub import repository
+from gemlet.hub import may_be_name, repository
 
 END = "<|endoftext|>"
 
@@ -96,13 +96,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """`gpt2` (from the hub), a folder with `tokenizer.json` or `vocab.json` and `merges.txt`, or a tokenizer.json.
+        """`gpt2` (from the hub), a folder with `tokenizer.json` or `vocab.json` and `merges.txt`, a tokenizer.json, or,
+        if there is no such path, the tokenizer of a model on the hub: OWNER/NAME.
 
         The end and begin tokens are those that `tokenizer_config.json`, `special_tokens_map.json` or
         `generation_config.json` beside it name, else the usual ones (`<|endoftext|>`, `<eos>`, `</s>`).
         """
         if str(path) == "gpt2":
             path = repository("openai-community/gpt2", "model").fetch("tokenizer.json")
+        elif may_be_name(path):
+            path = _from_hub(str(path))
         path = Path(path)
         folder, file = (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
         if file.is_file():
@@ -114,8 +117,8 @@ class Tokenizer:
             backend = _from_vocabulary(folder)
         else:
             raise GemletError(
-                f"no tokenizer at {path}: give gpt2, a folder with tokenizer.json (or vocab.json and merges.txt), or a "
-                f"tokenizer.json{did_you_mean(str(path), ['gpt2', 'bpe'])}"
+                f"no tokenizer at {path}: give gpt2, a folder with tokenizer.json (or vocab.json and merges.txt), a "
+                f"tokenizer.json, or a model on the hub, OWNER/NAME{did_you_mean(str(path), ['gpt2', 'bpe'])}"
             )
         config = _read_json(folder / "tokenizer_config.json")
         if (folder / "chat_template.jinja").is_file():  # where transformers 5 puts it
@@ -353,6 +356,17 @@ def _without_surrogates(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def _from_hub(name: str) -> Path:
+    """The folder that has the tokenizer's files of a model on the hub."""
+    model = repository(name, "model")
+    core = ("tokenizer.json",) if "tokenizer.json" in model.files else ("vocab.json", "merges.txt")
+    if not set(core) <= set(model.files):
+        raise GemletError(f"the hub's model {name} has no tokenizer.json (nor vocab.json and merges.txt); name another")
+    beside = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+    folders = [model.fetch(file).parent for file in (*core, *beside) if file in model.files]
+    return folders[0]
 
 
 def _from_vocabulary(folder: Path) -> tokenizers.Tokenizer:

@@ -13,6 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from gemlet import tokenizer as module
 from gemlet.errors import GemletError
+from gemlet.hub import Repository
 from gemlet.testing import tiny_corpus, tiny_tokenizer
 from gemlet.tokenizer import Tokenizer
 from tests.loopback_hub import LoopbackHub
@@ -290,19 +291,44 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
         Tokenizer.load(tmp_path)
 
 
-def test_gpt2_by_name_comes_from_the_hub_and_then_from_its_cache(tmp_path):
+@pytest.mark.parametrize(("name", "model"), [("gpt2", "openai-community/gpt2"), ("someone/tiny", "someone/tiny")])
+def test_a_tokenizer_by_name_comes_from_the_hub_and_then_from_its_cache(tmp_path, name, model):
     tiny_tokenizer().save(tmp_path / "t")
 
     def load(**env: str) -> str:
-        """The hash of `gpt2`, or the refusal, in a fresh process."""
-        code = "from gemlet.tokenizer import Tokenizer\nprint(Tokenizer.load('gpt2').hash)"
+        """The hash of the tokenizer, or the refusal, in a fresh process."""
+        code = f"from gemlet.tokenizer import Tokenizer\nprint(Tokenizer.load({name!r}).hash)"
         environment = {**os.environ, **hub.environment(tmp_path / "home", **env)}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
         return (done.stdout or done.stderr).splitlines()[-1]
 
     with LoopbackHub() as hub:
-        hub.add("model", "openai-community/gpt2", {"tokenizer.json": (tmp_path / "t" / "tokenizer.json").read_bytes()})
-        assert "GemletError: the hub's model openai-community/gpt2 is not in the cache" in load(HF_HUB_OFFLINE="1")
+        files = {path.name: path.read_bytes() for path in (tmp_path / "t").iterdir()}
+        hub.add("model", model, {**files, "model.safetensors": b"large"})
+        assert f"GemletError: the hub's model {model} is not in the cache" in load(HF_HUB_OFFLINE="1")
         assert load() == tiny_tokenizer().hash
         assert load(HF_HUB_OFFLINE="1") == tiny_tokenizer().hash
-        assert hub.downloads("tokenizer.json") == 1
+        assert hub.downloads("tokenizer.json") == 1 and hub.downloads("model.safetensors") == 0
+
+
+def test_the_tokenizer_of_a_model_on_the_hub_has_the_tokens_that_its_files_name(tmp_path, monkeypatch):
+    """GPT-2's own form, with an end token that only tokenizer_config.json names; without any form it is refused."""
+    vocabulary = json.loads(tiny_tokenizer()._backend.to_str())["model"]["vocab"]
+    files = {
+        "vocab.json": json.dumps({**vocabulary, "<end>": 320}),
+        "merges.txt": "#version: 0.2\n",
+        "tokenizer_config.json": json.dumps({"eos_token": "<end>"}),
+        "config.json": "{}",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, "utf-8")
+
+    class Hub(Repository):
+        def fetch(self, file):
+            return tmp_path / file
+
+    monkeypatch.setattr(module, "repository", lambda name, kind: Hub(name, kind, "main", tuple(files), False))
+    assert Tokenizer.load("someone/old").eos_token_id == 320
+    del files["merges.txt"]
+    with pytest.raises(GemletError, match=r"the hub's model someone/old has no tokenizer\.json \(nor"):
+        Tokenizer.load("someone/old")

@@ -15,6 +15,7 @@ from typing import Any
 from gemlet.checkpoint import STATE, read_config, read_state
 from gemlet.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from gemlet.errors import GemletError
+from gemlet.hub import may_be_name
 from gemlet.metrics import read_metrics
 from gemlet.prepare import Meta, load_meta
 from gemlet.sources import hub_name
@@ -149,7 +150,7 @@ def _data(run: Run) -> str:
     rows["tokenizer"] = {
         "bpe": f"byte-level BPE of {run.config.model.vocab_size:,} tokens, trained on the same documents",
         "gpt2": "GPT-2's",
-    }.get(data.tokenizer, f"`{_public(data.tokenizer)}`")
+    }.get(data.tokenizer, f"`{_public_tokenizer(data.tokenizer)}`")
     return "## Data\n\n" + _table(rows)
 
 
@@ -250,7 +251,7 @@ def _whole_configuration(run: Run) -> str:
         data=data.replace(
             source=_public(data.source),
             validation=None if data.validation is None else _public(data.validation),
-            tokenizer=_public(data.tokenizer),
+            tokenizer=_public_tokenizer(data.tokenizer),
         )
     )
     return (
@@ -262,6 +263,11 @@ def _whole_configuration(run: Run) -> str:
 def _public(source: str) -> str:
     """A source without what it tells of the machine: of a path its last part."""
     return source if hub_name(source) is not None else PurePath(source).name
+
+
+def _public_tokenizer(tokenizer: str) -> str:
+    """The same for a tokenizer, which may be that of a model on the hub."""
+    return tokenizer if may_be_name(tokenizer) else PurePath(tokenizer).name
 
 
 def _table(rows: Mapping[str, object]) -> str:
