@@ -92,11 +92,13 @@ def test_a_second_push_sends_only_what_is_new(folder, hub, tmp_path):
 
 
 def test_a_folder_that_was_exported_is_pushed_as_it_is(folder, hub, tmp_path):
-    """With what its owner wrote in README.md, and without what is hidden; options make a new export of it."""
+    """With what its owner wrote and put beside it, and without what is hidden; options make a new export of it."""
     export_hf(folder, tmp_path / "mine")
+    (tmp_path / "mine" / "picture.png").write_bytes(b"png")
     (tmp_path / "mine" / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
     (tmp_path / "mine" / ".secret").write_text("x")
-    do(tmp_path / "mine")
+    do(tmp_path / "mine", max_shard_bytes=10**9)
+    assert hub.files("me/tiny")["picture.png"] == b"png"
     assert hub.files("me/tiny")["README.md"] == b"---\nlicense: mit\n---\n# Mine\n"
     assert ".secret" not in hub.files("me/tiny")
     do(tmp_path / "mine", dtype="bf16")

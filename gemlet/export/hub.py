@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemlet.checkpoint import INDEX, stored_weights
+from gemlet.checkpoint import INDEX, SHARD_BYTES, stored_weights
 from gemlet.errors import GemletError
 from gemlet.export.hf import KEPT, export_hf
 from gemlet.files import human_size
@@ -53,17 +53,39 @@ class Push:
 
 
 @contextmanager
-def published(source: str | Path, name: str, **options: Any) -> Iterator[Path]:
-    """The folder to push as `name`: what `export_hf(source, **options)` writes, which is gone after the block.
+def published(
+    source: str | Path,
+    name: str,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    license: str | None = None,
+    language: str | None = None,
+) -> Iterator[Path]:
+    """The folder to push as `name`: what `export_hf` writes with these arguments, which is gone after the block.
 
-    A folder that has its README.md and no state of a training is ready as it is, unless `options` ask for a change.
+    A folder that has its README.md and no state of a training is ready as it is, unless a change is asked for.
     """
     folder = model_folder(source)
-    if (folder / "README.md").is_file() and not (folder / "train_state").exists() and not any(options.values()):
+    ready = (folder / "README.md").is_file() and not (folder / "train_state").exists()
+    if ready and dtype is license is language is None and _largest(folder) <= max_shard_bytes:
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="gemlet-") as temporary:
-        yield export_hf(folder, Path(temporary) / "model", name=name, **options)
+        yield export_hf(
+            folder,
+            Path(temporary) / "model",
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+            license=license,
+            language=language,
+            name=name,
+        )
+
+
+def _largest(folder: Path) -> int:
+    """The size of the largest file of weights."""
+    return max((file.stat().st_size for file in folder.glob("*.safetensors")), default=0)
 
 
 def plan_push(folder: str | Path, name: str, *, private: bool | None = None) -> Push:
