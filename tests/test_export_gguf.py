@@ -33,7 +33,7 @@ from gemlet.config import FULL, SLIDING
 from gemlet.errors import GemletError
 from gemlet.export import gguf as module
 from gemlet.export.gguf import DTYPES, export_gguf, quantize_q4_0, quantize_q8_0
-from gemlet.export.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from gemlet.export.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, _scores
 from gemlet.model import Gemma
 from gemlet.testing import HARD_TEXTS, tiny_config, tiny_corpus, tiny_model, tiny_tokenizer
 from gemlet.tokenizer import END, Tokenizer
@@ -174,6 +174,19 @@ def test_the_metadata_describe_the_model(tmp_path):
     lists = {keys.Tokenizer.LIST, keys.Tokenizer.TOKEN_TYPE, keys.Tokenizer.MERGES}
     assert found.keys() == expected.keys() | lists
     assert {key: value for key, value in found.items() if key not in lists} == expected
+
+
+def test_every_value_has_the_type_that_llama_cpp_reads(tmp_path):
+    fields = gguf.GGUFReader(exported(tmp_path, num_hidden_layers=3, layer_types=(FULL, SLIDING, FULL))).fields
+    kinds = {key: [kind.name for kind in field.types] for key, field in fields.items()}
+    assert kinds["general.name"] == ["STRING"]
+    assert kinds["gemma3.block_count"] == ["UINT32"]
+    assert kinds["gemma3.rope.freq_base"] == ["FLOAT32"]
+    assert kinds["gemma3.attention.sliding_window_pattern"] == ["ARRAY", "BOOL"]
+    assert kinds["tokenizer.ggml.tokens"] == ["ARRAY", "STRING"]
+    assert kinds["tokenizer.ggml.token_type"] == ["ARRAY", "INT32"]
+    assert kinds["tokenizer.ggml.bos_token_id"] == ["UINT32"]
+    assert kinds["tokenizer.ggml.add_bos_token"] == ["BOOL"]
 
 
 def test_the_file_types_are_llama_cpps():
@@ -372,6 +385,42 @@ def test_a_pair_that_only_llama_cpp_would_merge_is_refused(tmp_path):
     spec["model"]["merges"] = [pair for pair in spec["model"]["merges"] if "".join(pair) != SPACE + "the"]
     tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(spec)), "<bos>", "<eos>")
     refused(tmp_path, tokenizer, "would make '\u2581the' of")
+
+
+def changed(tokenizer: Tokenizer, change: Callable[[dict[str, Any]], None]) -> Tokenizer:
+    """A tokenizer like Gemma's whose tokenizer.json says something else."""
+    spec = tokenizer.spec
+    change(spec)
+    return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(spec)), "<bos>", "<eos>")
+
+
+def test_a_byte_that_has_no_token_is_refused(tmp_path):
+    def forget(spec: dict[str, Any]) -> None:
+        spec["model"]["vocab"]["<0x80>?"] = spec["model"]["vocab"].pop("<0x80>")
+
+    tokenizer = changed(gemma_like(tmp_path / "whole"), forget)
+    refused(tmp_path, tokenizer, "llama.cpp does not have this tokenizer")
+
+
+@pytest.mark.parametrize("key", ["normalized", "lstrip", "rstrip", "single_word"])
+def test_added_tokens_that_are_found_in_other_ways_are_refused(tmp_path, key):
+    def change(spec: dict[str, Any]) -> None:
+        next(token for token in spec["added_tokens"] if token["content"] == "<h1>")[key] = True
+
+    tokenizer = changed(gemma_like(tmp_path / "whole"), change)
+    refused(tmp_path, tokenizer, "llama.cpp does not have this tokenizer")
+
+
+def test_a_token_called_like_a_row_without_one_is_refused(tmp_path):
+    backend = tokenizers.Tokenizer.from_str(json.dumps(tiny_tokenizer().spec))
+    backend.add_special_tokens(["[PAD321]"])  # of row 320
+    refused(tmp_path, Tokenizer(backend, END, END), r"called \[PAD", vocab_size=322)
+
+
+def test_of_equal_pairs_the_leftmost_is_merged_first():
+    assert _scores(["a", "aa", "aaa"], [("a", "a"), ("aa", "a")], set()) == {"aa": 0, "aaa": -1}
+    with pytest.raises(GemletError, match="of 'aa' and 'a'"):
+        _scores(["a", "aa", "aaa"], [("a", "a"), ("a", "aa")], set())
 
 
 def test_tokens_without_a_row_are_refused_but_for_special_ones(tmp_path):
