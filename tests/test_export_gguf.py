@@ -418,7 +418,7 @@ def test_a_token_called_like_a_row_without_one_is_refused(tmp_path):
 
 
 def test_of_equal_pairs_the_leftmost_is_merged_first():
-    assert _scores(["a", "aa", "aaa"], [("a", "a"), ("aa", "a")], set()) == {"aa": 0, "aaa": -1}
+    assert _scores(["aaa", "aa", "a"], [("a", "a"), ("aa", "a")], set()) == {"aa": 0, "aaa": -1}
     with pytest.raises(GemletError, match="of 'aa' and 'a'"):
         _scores(["a", "aa", "aaa"], [("a", "a"), ("a", "aa")], set())
 
