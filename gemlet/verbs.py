@@ -411,7 +411,7 @@ class Verify(Documents):
                 if self.json:
                     print(json.dumps(dataclasses.asdict(report) | {"passed": report.passed}), flush=True)
         if not self.json:
-            Console().print(table(reports))
+            Console(width=None if sys.stdout.isatty() else 100).print(table(reports))
             for report in reports:
                 if report.problem:
                     print(f"{report.runtime}: {report.problem}")

@@ -169,7 +169,7 @@ def verify(
 def table(reports: Sequence[Report]) -> Table:
     """The reports for a terminal of 80 columns; what is out of tolerance is marked."""
     shown = Table("runtime", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for head in ("logits", "argmax", "greedy", "tokenizer", "perplexity"):
+    for head in ("logits", "argmax", "greedy", "ids", "ppl"):
         shown.add_column(head, justify="right")
     shown.add_column("")
     for report in reports:

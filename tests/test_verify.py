@@ -41,7 +41,7 @@ def test_the_golden_model_passes():
 def test_a_model_that_differs_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The runtime is given other weights and another tokenizer than we have: every figure shows it."""
     other = load_model(MODEL)
-    other.model.layers[3].self_attn.q_proj.weight.data.mul_(-1)
+    other.state_dict()["model.layers.3.self_attn.q_proj.weight"].mul_(-1)
     save_model(tmp_path / "other", other, Tokenizer.train(TALES, 512))
     monkeypatch.setattr(verify, "_readable", lambda *_: tmp_path / "other")
     report = only(verify.verify(MODEL, TALES))
