@@ -8,6 +8,12 @@ Two of llama.cpp's tokenizers (its src/llama-vocab.cpp) can be what gemlet's are
   finds the scores that give the same ids.
 
 Any other tokenizer is refused: one that is almost the same makes a model that is almost right.
+
+Where llama.cpp (llama-cpp-python 0.3.36; each of Unicode's code points was tried) gives other ids all the same:
+
+- Its tables end before Unicode 16, whose 4,382 new letters and digits are other characters to `gpt2`'s pattern.
+- It takes a token called </s> for an end token; Gemma has one, a tag, whose text then falls into pieces.
+- Written U+2581 beside a space or another one is a run of spaces to `llama`, but stays apart in Gemma's tokenizer.
 """
 
 from itertools import pairwise
