@@ -147,9 +147,11 @@ def push(plan: Push) -> str:
 
 def _require_writer(name: str) -> None:
     """Check that the name is one and that the token may write there, as far as the hub tells beforehand."""
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.utils import validate_repo_id
 
+    if constants.HF_HUB_OFFLINE:
+        raise GemletError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it")
     if get_token() is None:
         raise GemletError(f"no token of the Hugging Face hub: {LOGIN}")
     owner, slash, model = name.partition("/")
@@ -194,8 +196,6 @@ def _explained(name: str) -> Iterator[None]:
         raise
     except errors.HFValidationError as error:
         raise GemletError(f"{name!r} is not a name on the hub: give OWNER/NAME, of letters, digits, - _ .") from error
-    except errors.OfflineModeIsEnabled as error:
-        raise GemletError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it") from error
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         said = " ".join(str(getattr(error, "server_message", None) or error).split())[:100]
