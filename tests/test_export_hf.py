@@ -87,7 +87,9 @@ def test_of_mixed_weights_the_dtype_that_holds_them_all_is_taken(folder, tmp_pat
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     mixed = {name: tensor.to(torch.bfloat16 if "norm" in name else torch.float16) for name, tensor in weights.items()}
     safetensors.torch.save_file(mixed, folder / "model.safetensors")
-    got = load_model(export_hf(folder, tmp_path / "out")).state_dict()
+    out = export_hf(folder, tmp_path / "out")
+    assert {tensor.dtype for tensor in read_header(out / "model.safetensors").values()} == {torch.float32}
+    got = load_model(out).state_dict()
     assert all(torch.equal(got[name], tensor.float()) for name, tensor in mixed.items())
 
 
