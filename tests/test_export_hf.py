@@ -179,6 +179,7 @@ def test_the_card_of_a_run_says_what_its_files_say(run, tmp_path):
         r'tokenizer("A \"little\" fox", return', "byte-level BPE of 300 tokens",
     ):  # fmt: skip
         assert words in card
+    assert "no license" not in card
     assert metadata(card) == {
         "library_name": "transformers", "license": "cc-by-4.0", "pipeline_tag": "text-generation", "tags": ["gemlet"]
     }  # fmt: skip
@@ -241,7 +242,7 @@ def test_data_are_told_as_far_as_they_are_known(source, datasets, language, word
     card = model_card("x", config.model, Run(Path("run"), config, 500, [], None))
     found = metadata(card)
     assert (found.get("datasets"), found.get("language")) == (datasets, language) and words in card
-    assert "license" not in found and "somewhere" not in card and "GPT-2's" in card
+    assert "license" not in found and "has named no license" in card and "somewhere" not in card and "GPT-2's" in card
     assert "Nothing was measured" in card
     assert metadata(model_card("x", config.model, None, language="nl"))["language"] == "nl"
 

@@ -77,7 +77,7 @@ def model_card(
         if value is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", value):
             example = {"license": "apache-2.0", "language": "en"}[key]
             raise GemletError(f"{key} is {value[:60]!r}, but must be an identifier of the hub, such as {example}")
-    sections = [f"# {name.rpartition('/')[2]}", _what(config, run), _shape(config)]
+    sections = [f"# {name.rpartition('/')[2]}", _what(config, run, license), _shape(config)]
     if run is not None:
         sections += [_data(run), _recipe(run), _measured(run)]
     sections += [_usage(name, run)]
@@ -103,7 +103,7 @@ def _front_matter(run: Run | None, license: str | None, language: str | None) ->
     return f"---\n{values.to_yaml()}\n---"
 
 
-def _what(config: ModelConfig, run: Run | None) -> str:
+def _what(config: ModelConfig, run: Run | None, license: str | None) -> str:
     if run is None:
         return (
             f"A text model of the Gemma 3 architecture with {config.num_parameters:,} parameters, written in this form "
@@ -116,7 +116,7 @@ def _what(config: ModelConfig, run: Run | None) -> str:
         "trained from scratch. It holds no weights of Google's, does not come from Google, and Google does not "
         "endorse it.\n\n"
         "It continues text of the kind it was trained on. Nothing was done to make what it writes true or harmless, "
-        "and it follows no instructions."
+        "and it follows no instructions." + ("\n\nIts author has named no license." if license is None else "")
     )
 
 
