@@ -166,8 +166,8 @@ def generate_samples(
     Sample i is what `generate` gives for seed + i. A sample ends with a token of `config.stop_ids`, or when `ended(i)`,
     which is asked after each of its tokens. Limits and errors are those of `generate`.
     """
-    ids, limit = _checked(model.config, prompt_ids, params)
-    return _generate(model, ids, params, limit, _generators(params, num_samples), ended)
+    ids, limit = checked(model.config, prompt_ids, params)
+    return _generate(model, ids, params, limit, generators(params, num_samples), ended)
 
 
 @torch.inference_mode()
@@ -212,23 +212,25 @@ def _generate(
 @torch.inference_mode()
 def generate_uncached(model: Gemma, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
     """`generate`, written for reading: the whole sequence through the model for every token, no cache, one sample."""
-    ids, limit = _checked(model.config, prompt_ids, params)
-    generators = _generators(params, 1)
+    ids, limit = checked(model.config, prompt_ids, params)
+    own = generators(params, 1)
     for _ in range(limit):
         logits = model(torch.tensor([ids], device=model.device))[:, -1]
         _check_finite(model, logits, [ids])
         seen = torch.zeros_like(logits, dtype=torch.bool)
         seen[0, ids] = True
-        token = int(sample(logits, params, generators, seen))
+        token = int(sample(logits, params, own, seen))
         if token in model.config.stop_ids:
             return
         ids.append(token)
         yield token
 
 
-def _checked(config: ModelConfig, prompt_ids: Sequence[int], params: SamplingParams) -> tuple[list[int], int]:
-    """The prompt's ids and the number of tokens that may follow, or an error."""
-    ids, context = [int(i) for i in prompt_ids], config.max_position_embeddings
+def checked(
+    config: ModelConfig, prompt_ids: Sequence[int], params: SamplingParams, room: int | None = None
+) -> tuple[list[int], int]:
+    """The prompt's ids and the number of tokens that may follow in a context of `room` tokens, or an error."""
+    ids, context = [int(i) for i in prompt_ids], room or config.max_position_embeddings
     if not ids:
         raise GemletError("the prompt has no tokens; begin with the begin-of-text token or give some text")
     wrong = next((i for i in ids if not 0 <= i < config.vocab_size), None)
@@ -240,13 +242,14 @@ def _checked(config: ModelConfig, prompt_ids: Sequence[int], params: SamplingPar
     left = context - len(ids)
     if left < min(1, params.max_new_tokens):
         raise GemletError(
-            f"the prompt has {len(ids)} tokens and up to {params.max_new_tokens} are to follow, but the model's "
+            f"the prompt has {len(ids)} tokens and up to {params.max_new_tokens} are to follow, but the "
             f"context is {context}; shorten the prompt to {context - 1} tokens or fewer"
         )
     return ids, min(left, params.max_new_tokens)
 
 
-def _generators(params: SamplingParams, num_samples: int) -> list[Generator]:
+def generators(params: SamplingParams, num_samples: int) -> list[Generator]:
+    """Where sample 0, 1, ... of a prompt draw their numbers from."""
     seed = secrets.randbits(62) if params.seed is None else params.seed
     return [Generator().manual_seed(seed + i) for i in range(num_samples)]
 

@@ -85,10 +85,10 @@ class LM:
         fields of `gemlet.generate.SamplingParams`: max_new_tokens, temperature, top_k, top_p, min_p,
         repetition_penalty, seed. Sample i is what seed + i gives alone.
         """
-        ids, stops, params = self.tokenizer.prompt_ids(prompt), _stops(stop), _params(sampling)
+        ids, stops, params = self.tokenizer.prompt_ids(prompt), stop_strings(stop), _params(sampling)
         if not isinstance(num_samples, int) or num_samples < 1:
             raise GemletError(f"num_samples is {num_samples!r}, but must be a whole number, 1 or more")
-        writers = [_Writer(self.tokenizer.decoder(), stops) for _ in range(num_samples)]
+        writers = [TextWriter(self.tokenizer.decoder(), stops) for _ in range(num_samples)]
         texts = [""] * num_samples
         for i, token in generate_samples(self.model, ids, params, num_samples, lambda i: writers[i].ended):
             texts[i] += writers[i].push(token)
@@ -100,7 +100,7 @@ class LM:
     ) -> Iterator[str]:
         """`generate`, in pieces as they are written: whole characters, and never a part of a stop string."""
         tokens = generate(self.model, self.tokenizer.prompt_ids(prompt), _params(sampling))
-        return _pieces(tokens, _Writer(self.tokenizer.decoder(), _stops(stop)))
+        return _pieces(tokens, TextWriter(self.tokenizer.decoder(), stop_strings(stop)))
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int] | Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class LM:
         return self.model(batch.to(self.model.device, torch.long))
 
 
-class _Writer:
+class TextWriter:
     """Tokens in, text out, ended before the stop string that begins first; what may be part of one is held back."""
 
     def __init__(self, decoder: IncrementalDecoder, stops: tuple[str, ...]):
@@ -150,7 +150,7 @@ class _Writer:
         return held[:end]
 
 
-def _pieces(tokens: Iterator[int], writer: _Writer) -> Iterator[str]:
+def _pieces(tokens: Iterator[int], writer: TextWriter) -> Iterator[str]:
     for token in tokens:
         if piece := writer.push(token):
             yield piece
@@ -160,7 +160,8 @@ def _pieces(tokens: Iterator[int], writer: _Writer) -> Iterator[str]:
         yield piece
 
 
-def _stops(stop: str | Iterable[str]) -> tuple[str, ...]:
+def stop_strings(stop: str | Iterable[str]) -> tuple[str, ...]:
+    """The texts that end a continuation, checked."""
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if any(not isinstance(s, str) or not s for s in stops):
         raise GemletError(f"stop is {stop!r:.100}, but must be a text or several, none of them empty")

@@ -19,7 +19,7 @@ from gemlet.config import TrainConfig
 from gemlet.errors import GemletError
 from gemlet.generate import SamplingOptions, SamplingParams
 from gemlet.hub import Repository
-from gemlet.lm import LM, _Writer, load
+from gemlet.lm import LM, TextWriter, load
 from gemlet.testing import tiny_corpus, tiny_model, tiny_tokenizer
 from gemlet.tokenizer import IncrementalDecoder
 
@@ -118,7 +118,7 @@ class Spelling(IncrementalDecoder):
 def test_stops_are_found_however_the_text_comes_in_pieces(pieces, stops):
     text = "".join(pieces)
     expected = text[: min((text.find(s) for s in stops if s in text), default=len(text))]
-    writer, got = _Writer(Spelling(pieces), tuple(stops)), ""
+    writer, got = TextWriter(Spelling(pieces), tuple(stops)), ""
     for i in range(len(pieces)):
         got += writer.push(i)
         assert expected.startswith(got)  # nothing leaks
@@ -129,12 +129,12 @@ def test_stops_are_found_however_the_text_comes_in_pieces(pieces, stops):
 
 
 def test_a_stop_that_begins_another_ends_at_once():
-    writer = _Writer(Spelling(["xa", "b"]), ("abc", "ab"))
+    writer = TextWriter(Spelling(["xa", "b"]), ("abc", "ab"))
     assert [writer.push(0), writer.push(1), writer.ended] == ["x", "", True]
 
 
 def test_what_cannot_be_part_of_a_stop_is_not_held_back():
-    writer = _Writer(Spelling(["ab", "c", "xa", "b", "y"]), ("abd",))
+    writer = TextWriter(Spelling(["ab", "c", "xa", "b", "y"]), ("abd",))
     assert [writer.push(i) for i in range(5)] == ["", "abc", "x", "", "aby"]
 
 
@@ -149,7 +149,7 @@ def spelt(text):
 @pytest.mark.parametrize("text", ["né🦀.", "Zoë said 你好"])
 def test_characters_of_several_bytes_come_whole(text):
     for stop, expected in (((), text), ((text[-2],), text[:-2]), ((text[-2:] + "!",), text)):
-        writer = _Writer(tiny_tokenizer().decoder(), stop)
+        writer = TextWriter(tiny_tokenizer().decoder(), stop)
         pieces = []
         for id in spelt(text):
             pieces.append(writer.push(id))
@@ -160,7 +160,7 @@ def test_characters_of_several_bytes_come_whole(text):
 
 
 def test_half_a_character_at_the_end_is_one_replacement_character():
-    writer = _Writer(tiny_tokenizer().decoder(), ("never",))
+    writer = TextWriter(tiny_tokenizer().decoder(), ("never",))
     assert "".join([*map(writer.push, spelt("🦀")[:3]), writer.flush()]) == "\ufffd"
 
 
