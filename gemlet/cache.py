@@ -1,8 +1,10 @@
 """The keys and values of tokens already seen: a ring for sliding layers, a plain buffer for full ones.
 
-Both are the same thing, a ring whose slots are numbered by position modulo their count; a full layer's ring has a
-slot for every position of the context and so never wraps. Everything is allocated once.
+Both are the same thing, a ring whose places are numbered by position modulo their count; a full layer's ring has a
+place for every position of the context and so never wraps. Everything is allocated once.
 """
+
+import copy
 
 import torch
 from torch import Tensor
@@ -11,34 +13,38 @@ from gemlet.config import ModelConfig
 
 
 class LayerCache:
-    """One layer's ring: keys and values [B, K, slots, H]."""
+    """One layer's ring: keys and values [B, K, places, H]."""
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str):
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+    def __init__(self, k: Tensor, v: Tensor):
+        self.k = k
+        self.v = v
 
     def update(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Take in k and v [B, K, T, H] of the positions from `start` on; return what these T queries may look at.
 
-        The keys returned are in order of position and end with the new ones, as `attention` wants them; but for a
-        single query, which sees all of them whatever their order, the ring is handed out as it lies.
+        The keys returned are in order of position and end with the new ones, as `attention` wants them.
         """
-        T, slots = k.shape[2], self.k.shape[2]
+        T, places, dtype = k.shape[2], self.k.shape[2], k.dtype
         end = start + T
-        if T > 1 and end > slots:  # some of what the first query sees is overwritten by the last one: take it out first
-            earlier = torch.arange(max(0, start - slots + 1), start, device=k.device) % slots
-            seen = torch.cat((self.k[:, :, earlier], k), 2), torch.cat((self.v[:, :, earlier], v), 2)
-        else:
-            seen = self.k[:, :, :end], self.v[:, :, :end]  # not wrapped yet, or one query and the whole ring
-        kept = min(T, slots)
-        at = torch.arange(end - kept, end, device=k.device) % slots
+        k, v = k.to(self.k.dtype), v.to(self.v.dtype)  # what a later query will see, this one sees too
+        # some of what the first query sees may be overwritten by the last one: take it out first
+        earlier = torch.arange(max(0, start - places + 1), start, device=k.device) % places
+        before = (self.k[:, :, earlier], self.v[:, :, earlier]) if end > places else None
+        kept = min(T, places)
+        at = torch.arange(end - kept, end, device=k.device) % places
         self.k[:, :, at] = k[:, :, -kept:]
         self.v[:, :, at] = v[:, :, -kept:]
-        return seen
+        if before is None:
+            return self.k[:, :, :end].to(dtype), self.v[:, :, :end].to(dtype)
+        return torch.cat((before[0], k), 2).to(dtype), torch.cat((before[1], v), 2).to(dtype)
 
 
 class KVCache:
-    """A model's cache: `length` tokens seen, one `LayerCache` a layer. The model's forward pass advances it."""
+    """A model's cache: `length` tokens seen, one `LayerCache` a layer. The model's forward pass advances it.
+
+    `spare` places beyond the window let a sequence go back: after a token at position p its `length` may be set to
+    anything from p - spare on, and what follows is as if the tokens behind had never been there.
+    """
 
     def __init__(
         self,
@@ -47,15 +53,24 @@ class KVCache:
         max_length: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        spare: int = 0,
     ):
         self.length = 0
         self.max_length = max_length
         self.layers = []
         for i in range(config.num_hidden_layers):
             window = config.window(i)
-            slots = max_length if window is None else min(window, max_length)
-            shape = (batch, config.num_key_value_heads, slots, config.head_dim)
-            self.layers.append(LayerCache(shape, dtype, device))
+            places = max_length if window is None else min(window + spare, max_length)
+            shape = (batch, config.num_key_value_heads, places, config.head_dim)
+            k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+            self.layers.append(LayerCache(k, v))
+
+    def row(self, i: int, length: int) -> "KVCache":
+        """Sequence i of the batch alone, `length` tokens seen: the same memory, not a copy."""
+        view = copy.copy(self)
+        view.length = length
+        view.layers = [LayerCache(layer.k[i : i + 1], layer.v[i : i + 1]) for layer in self.layers]
+        return view
 
     @property
     def nbytes(self) -> int:
