@@ -41,7 +41,17 @@ NAVIGATION = {
     "Start": ["quickstart", "recipes", "faq"],
     "Concepts": [
         f"concepts/{page}"
-        for page in ("tokens", "model", "attention", "training", "learning-rate", "checkpoints", "generation", "scores")
+        for page in (
+            "tokens",
+            "model",
+            "attention",
+            "training",
+            "learning-rate",
+            "checkpoints",
+            "generation",
+            "engine",
+            "scores",
+        )
     ],
     "Reference": ["reference/commands", "reference/configuration", "reference/python"],
     "Project": ["architecture", "decisions", "results"],
