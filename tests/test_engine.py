@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemlet.decoder import TorchDecoder
+from gemlet.decoder import TorchDecoder, decoder
 from gemlet.engine import ALONE, BETWEEN, MIN_SHARED, Engine, QueueFull
 from gemlet.errors import GemletError
 from gemlet.generate import SamplingParams, generate
@@ -157,6 +157,15 @@ def test_requests_that_draw_differently_are_drawn_together():
     streams, stats = at_once(Script(slots=6), requests)
     assert [s.tokens for s in streams] == [alone(tuple(p), way, ENDLESS) for p, way in requests]
     assert stats.steps == 13
+
+
+def test_with_the_fastest_decoder_there_is():
+    requests = [(prompt, params(seed=i)) for i, prompt in enumerate(PROMPTS)]
+    with Engine(decoder(ENDLESS, slots=3, max_length=200), TOKENIZER) as engine:
+        streams = [engine.submit(*request) for request in requests]
+        for stream in streams:
+            stream.text()
+    assert [s.tokens for s in streams] == [alone(tuple(p), how, ENDLESS) for p, how in requests]
 
 
 def test_no_seed_means_other_draws_every_time():
