@@ -8,16 +8,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gemlet.attention
-from gemlet.attention import attention, block_local, blocked, reference, visible
+from gemlet.attention import attention, block_local, blocked, recomputed, reference, visible
 
 HEADS = [(1, 1), (4, 2), (3, 1), (4, 4)]
 
 
-@pytest.fixture(params=["unrolled", "fused"])
+@pytest.fixture(params=["short", "long", "elsewhere"])
 def chosen(request, monkeypatch):
-    """`attention` as it is for short sequences on a CPU, and as it is for long ones and on other devices."""
-    if request.param == "fused":
+    """`attention` as it is on a CPU for short and for long sequences, and on another device."""
+    if request.param == "long":
         monkeypatch.setattr(gemlet.attention, "UNROLLED", 0)
+    if request.param == "elsewhere":
+        monkeypatch.setattr(gemlet.attention, "_on_cpu", lambda _: False)
     return attention
 
 
@@ -28,9 +30,15 @@ def inputs(T, S, heads=(4, 2), H=8, B=2):
     return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
 
 
-def assert_same(way, qkv, window):
+def documents(T, B=2):
+    """Where every position's document begins, [B, T]: short documents and long ones, other ones in every row."""
+    cuts = torch.rand(B, T, generator=torch.Generator().manual_seed(T)) < 0.15
+    return torch.where(cuts, torch.arange(T), 0).cummax(-1).values
+
+
+def assert_same(way, qkv, window, starts=None):
     """Equal outputs and equal gradients, with a scale that is not the usual one."""
-    expected, got = (f(*qkv, window=window, scale=0.3) for f in (reference, way))
+    expected, got = (f(*qkv, window=window, scale=0.3, starts=starts) for f in (reference, way))
     torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
     for ours, theirs in zip(
@@ -105,13 +113,61 @@ def test_block_local_is_the_reference(window, heads):
     for T in lengths(window):
         if window < T:
             assert_same(block_local, inputs(T, T, heads), window)
+            assert_same(block_local, inputs(T, T, heads), window, documents(T))
 
 
+@pytest.mark.parametrize("way", [blocked, recomputed])
 @pytest.mark.parametrize("block", [1, 4, 7, 100])
 @pytest.mark.parametrize("window", [1, 4, 7, 30, None])
-def test_blocked_is_the_reference(window, block):
+def test_blocks_are_the_reference(way, window, block):
     for T, S in ((1, 1), (4, 4), (9, 9), (28, 28), (29, 29), (5, 12), (20, 33)):
-        assert_same(partial(blocked, block=block), inputs(T, S), window)
+        assert_same(partial(way, block=block), inputs(T, S), window)
+        if T == S:
+            assert_same(partial(way, block=block), inputs(T, S), window, documents(T))
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 16, None])
+@pytest.mark.parametrize("heads", HEADS)
+def test_documents_are_the_reference(chosen, window, heads):
+    for T in (1, 2, 16, 33, 70):
+        assert_same(chosen, inputs(T, T, heads), window, documents(T))
+
+
+@pytest.mark.parametrize("window", [3, 8, 30, None])
+def test_packed_documents_are_documents_alone(chosen, window):
+    """One row of documents, shorter and longer than the window: outputs and gradients of each one by itself."""
+    lengths = (1, 5, 40, 2, 17, 8)
+    qkv = inputs(sum(lengths), sum(lengths), B=1)
+    begins = torch.tensor([sum(lengths[:n]) for n in range(len(lengths))])
+    starts = begins.repeat_interleave(torch.tensor(lengths))[None]
+    packed = chosen(*qkv, window=window, scale=0.3, starts=starts)
+    pieces = [x.split(lengths, 2) for x in qkv]
+    alone = torch.cat([reference(*piece, window=window, scale=0.3) for piece in zip(*pieces, strict=True)], 2)
+    torch.testing.assert_close(packed, alone, atol=2e-6, rtol=1e-5)
+    upstream = torch.randn(alone.shape, generator=torch.Generator().manual_seed(0))
+    for ours, theirs in zip(
+        torch.autograd.grad(packed, qkv, upstream), torch.autograd.grad(alone, qkv, upstream), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("starts", [None, documents(40)])
+def test_recomputed_compiles_and_keeps_half_precision(starts):
+    """What torch.compile has to know of it is true, and in bfloat16 its gradients are near those in float32."""
+    qkv = inputs(40, 40)
+    i = torch.arange(40)[None]
+    torch.library.opcheck(gemlet.attention._recomputed, (*qkv, i.clamp(max=9), 0.3, 16))
+    half = [x.detach().bfloat16().requires_grad_() for x in qkv]
+    got = recomputed(*half, window=8, scale=0.3, starts=starts, block=16)
+    expected = reference(*qkv, window=8, scale=0.3, starts=starts)
+    assert got.dtype == torch.bfloat16
+    for ours, theirs in zip(
+        torch.autograd.grad(got.float().square().sum(), half),
+        torch.autograd.grad(expected.square().sum(), qkv),
+        strict=True,
+    ):
+        assert ours.dtype == torch.bfloat16
+        assert (ours.float() - theirs).norm() < 0.03 * theirs.norm()
 
 
 def test_half_precision_keeps_its_dtype(chosen):

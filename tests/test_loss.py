@@ -20,9 +20,14 @@ def case(tokens=(3, 50), width=16, vocabulary=301, seed=0):
     return hidden, weight, targets
 
 
-@pytest.mark.parametrize("chunk_logits", [1, 301 * 70, 2**30])
-def test_equals_plain_cross_entropy_forwards_and_backwards(chunk_logits, monkeypatch):
-    monkeypatch.setattr("gemlet.loss.CHUNK_LOGITS", chunk_logits)
+@pytest.fixture(params=[1, 301 * 70, 2**30])
+def chunks(request, monkeypatch):
+    """Chunks of one token, of seventy, of all."""
+    monkeypatch.setattr("gemlet.loss.CHUNK_LOGITS", request.param)
+    monkeypatch.setattr("gemlet.loss.CHUNK_TOKENS", 1)
+
+
+def test_equals_plain_cross_entropy_forwards_and_backwards(chunks):
     hidden, weight, targets = case()
     ours = linear_cross_entropy(hidden, weight, targets)
     theirs = plain(hidden, weight, targets)
@@ -35,7 +40,7 @@ def test_equals_plain_cross_entropy_forwards_and_backwards(chunk_logits, monkeyp
         assert (a - b).norm() < 1e-5 * b.norm()
 
 
-def test_half_precision_keeps_the_loss_in_float32_and_the_gradient_of_float32_weights():
+def test_half_precision_keeps_the_loss_in_float32_and_the_gradient_of_float32_weights(chunks):
     hidden, weight, targets = case()
     value = linear_cross_entropy(hidden.bfloat16(), weight, targets)
     assert value.dtype == torch.float32
@@ -44,6 +49,14 @@ def test_half_precision_keeps_the_loss_in_float32_and_the_gradient_of_float32_we
     expected = torch.autograd.grad(plain(hidden, weight, targets), weight)[0]
     assert gradient.dtype == torch.float32
     assert (gradient - expected).norm() < 0.02 * expected.norm()
+
+
+def test_a_second_backward_is_an_error():
+    """The first one scales the gradients in place."""
+    value = linear_cross_entropy(*case())
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
 
 
 def test_losses_of_single_targets_add_up():
@@ -56,6 +69,7 @@ def test_losses_of_single_targets_add_up():
 
 def test_never_more_logits_than_a_chunk(monkeypatch):
     monkeypatch.setattr("gemlet.loss.CHUNK_LOGITS", 301 * 64)
+    monkeypatch.setattr("gemlet.loss.CHUNK_TOKENS", 1)
     largest = 0
 
     class Watch(TorchDispatchMode):
