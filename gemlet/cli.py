@@ -24,7 +24,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 
 from gemlet.config import DataConfig, RunConfig, preset, validated
 from gemlet.errors import GemletError, did_you_mean
-from gemlet.verbs import VERBS, Quickstart, Train
+from gemlet.verbs import VERBS, Plan, Quickstart, Train
 
 # What is wrong with the machine and not with gemlet: a full disk, a folder that must not be written.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -107,9 +107,9 @@ def _parse(verb: str, flags: list[str]) -> Any:
     """The verb with its fields filled in from the flags; a usage error becomes one line."""
     kind = VERBS[verb]
     default: dict[str, Any] = {}
-    if kind in (Quickstart, Train):
-        missing = {} if kind is Quickstart else {"out": tyro.MISSING}
-        default = {"default": kind(run=_run_before_flags(flags if kind is Train else []), **missing)}
+    if kind in (Quickstart, Train, Plan):
+        missing = {"out": tyro.MISSING} if kind is Train else {}
+        default = {"default": kind(run=_run_before_flags([] if kind is Quickstart else flags), **missing)}
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors), _pydantic_flags():

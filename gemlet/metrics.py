@@ -70,7 +70,11 @@ def peak_flops(device: torch.device | str, precision: str) -> float | None:
         return _measured_flops(precision, torch.get_num_threads())
     if device.type != "cuda" or precision == "fp32":
         return None
-    name = torch.cuda.get_device_name(device)
+    return gpu_peak_flops(torch.cuda.get_device_name(device))
+
+
+def gpu_peak_flops(name: str) -> float | None:
+    """The same for a GPU by its name, as torch or its maker writes it; it need not be there."""
     known = (peak for key, peak in _GPU_TFLOPS.items() if re.search(rf"\b{key}\b", name) and "Laptop" not in name)
     return next((peak * 1e12 for peak in known), None)
 

@@ -171,6 +171,42 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Say what a training would need: memory, FLOPs, speed, time, cost, the largest micro-batch that fits.
+
+    The flags are those of train. Parts of the step are measured on this machine for some seconds; nothing is written.
+    A GPU that is named does not have to be here: its speed is assumed from its data sheet.
+    """
+
+    preset: str = "tales"
+    """A preset of the package, or a .toml file, such as the config.toml of a run."""
+    out: Path | None = None
+    """Not used: it is here so that the flags of a train can be given as they are."""
+    gpu: str | None = None
+    """A GPU to plan for, such as A100 or "RTX 4090". Unset: this machine, with its GPU if it has one."""
+    mfu: float = 0.4
+    """The part of its peak that a named GPU is assumed to reach."""
+    price_per_hour: float | None = None
+    """What an hour of the machine costs, for the cost of the run."""
+    json: bool = False
+    """Print the plan as one line of JSON."""
+    run: Annotated[RunConfig, Unnamed]
+
+    def __call__(self) -> None:
+        """Plan, and print it."""
+        from gemlet.plan import described, plan
+
+        if not 0 < self.mfu <= 1:
+            raise GemletError(f"--mfu is {self.mfu:g}, but is a part of the peak: give a number above 0, at most 1")
+        if self.price_per_hour is not None and not 0 <= self.price_per_hour < math.inf:
+            raise GemletError(f"--price-per-hour is {self.price_per_hour:g}, but must be a number not below 0")
+        if not self.gpu:
+            print("measuring parts of a step here, some seconds ...", file=sys.stderr, flush=True)
+        result = plan(self.run, self.gpu, mfu=self.mfu, price_per_hour=self.price_per_hour)
+        print(json.dumps(result.as_dict()) if self.json else described(result))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval(Documents):
     """Score a model on documents: each one from its start, its end token included.
 
@@ -456,6 +492,7 @@ VERBS: dict[str, type] = {
     "quickstart": Quickstart,
     "prepare": Prepare,
     "tokenizer": Tokenizer,
+    "plan": Plan,
     "train": Train,
     "eval": Eval,
     "generate": Generate,

@@ -62,7 +62,7 @@ SMALL = {
     "generate": ["--max-new-tokens=8"],
     "verify": ["--max-documents=2"],
 }
-SMALL["quickstart"] = SMALL["train"]
+SMALL["quickstart"] = SMALL["plan"] = SMALL["train"]
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ NAVIGATION = {
             "model",
             "attention",
             "training",
+            "plan",
             "learning-rate",
             "checkpoints",
             "generation",

@@ -1,0 +1,610 @@
+"""What a run will need, before it runs: memory, FLOPs, speed, time, cost, and the largest micro-batch that fits.
+
+Memory is counted, not fitted: the trainer's own step runs on tensors that have shapes but no data (torch's
+FakeTensorMode, for the device that is asked about), and every storage that it makes is added up while it lives.
+Time is measured: one block of each kind, the head with its loss, and the optimizers at the real shapes, for a few
+seconds in all, times how often the step does each. A GPU that is only named cannot be measured: its time is the FLOPs
+over its peak at an assumed utilisation.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import statistics
+import sys
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gemlet.config import ModelConfig, RunConfig, TrainConfig
+from gemlet.data import TokenStream
+from gemlet.device import DTYPES, can_compile, pick_device, pick_precision
+from gemlet.errors import GemletError, did_you_mean
+from gemlet.loss import linear_cross_entropy
+from gemlet.metrics import flops_per_token, gpu_peak_flops, peak_flops
+from gemlet.model import Gemma
+from gemlet.optim import make_optimizers
+from gemlet.train import COMPILE_PAYS, TrainState, new_state, train_step
+
+GPU_MEMORY_GIB = {
+    "T4": 15, "L4": 22, "A10": 22, "A10G": 22, "A30": 24, "RTX 3090": 24, "RTX 4090": 24, "RTX 5090": 32, "V100": 32,
+    "A40": 45, "L40S": 45, "A6000": 48, "RTX 6000 Ada": 48, "A100": 80, "H100": 80, "H200": 141, "B200": 180,
+    "MI300X": 192,
+}  # fmt: skip
+"""GPUs that can be named, with the memory of the larger model where there are two."""
+
+MFU = 0.4
+"""Part of its peak that a GPU that was only named is taken to reach: what a compiled, well-filled model does. Small
+models reach less."""
+
+USABLE = 0.9
+"""Part of the memory that a run may fill: the rest is for the system, the allocator's gaps and a GPU's own context."""
+
+SAMPLE_SECONDS = 0.7
+"""About how long one measured piece may take; larger ones are measured on fewer sequences."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes in the moment of a step that needs the most."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """The optimizers' state."""
+    logits: int
+    """Of the chunk at hand."""
+    activations: int
+    """All else: what the backward pass needs of the forward pass, and what is computed with in passing."""
+    process: int
+    """Python, torch and the trainer's code; 0 on a GPU, where they are outside."""
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step."""
+
+    blocks: float
+    """Forward and backward passes of all blocks."""
+    head: float
+    """Embedding, head and loss, forwards and backwards."""
+    update: float
+    """Clipping and the optimizers."""
+
+    @property
+    def total(self) -> float:
+        """The whole step."""
+        return self.blocks + self.head + self.update
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `plan` found out."""
+
+    config: RunConfig
+    device: str
+    """The machine or GPU, in words."""
+    precision: str
+    compiled: bool
+    memory: Memory
+    memory_limit: int
+    """Bytes that the device has."""
+    largest_micro_batch: int | None
+    """The largest divisor of the batch that fits, in sequences; None if not even one sequence does."""
+    step: StepTime | None
+    """None for a GPU that was only named."""
+    step_seconds: float
+    compile_seconds: float
+    mfu: float
+    """Assumed for a GPU that was only named."""
+    price_per_hour: float | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run as it is configured fits into the usable part of the memory."""
+        return self.memory.total <= USABLE * self.memory_limit
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Weights: in all, of the embedding (and an untied head), of the blocks (with the final norm)."""
+        m = self.config.model
+        embedding = m.vocab_size * m.hidden_size * (1 if m.tie_word_embeddings else 2)
+        return {"total": m.num_parameters, "embedding": embedding, "blocks": m.num_parameters - embedding}
+
+    @property
+    def flops_per_token(self) -> float:
+        """By the rule of `metrics.flops_per_token`."""
+        return flops_per_token(self.config.model, self.config.train.sequence_length)
+
+    @property
+    def flops(self) -> float:
+        """Of the whole training."""
+        return self.flops_per_token * self.config.train.tokens_per_step * self.config.train.max_steps
+
+    @property
+    def tokens_per_second(self) -> float:
+        """While training, as a run logs it."""
+        return self.config.train.tokens_per_step / self.step_seconds
+
+    @property
+    def seconds(self) -> float:
+        """The whole run: steps, compiling, and validations, which are a forward pass, a third of a step's work."""
+        t = self.config.train
+        validations = math.ceil(t.max_steps / t.eval_every) * t.eval_tokens / self.tokens_per_second / 3
+        return self.compile_seconds + t.max_steps * self.step_seconds + validations
+
+    @property
+    def cost(self) -> float | None:
+        """In the currency of the price."""
+        return None if self.price_per_hour is None else self.price_per_hour * self.seconds / 3600
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, for JSON: bytes, seconds, FLOPs."""
+        return {
+            "device": self.device,
+            "precision": self.precision,
+            "compiled": self.compiled,
+            "parameters": self.parameters,
+            "memory": {**dataclasses.asdict(self.memory), "total": self.memory.total, "limit": self.memory_limit},
+            "fits": self.fits,
+            "largest_micro_batch": self.largest_micro_batch,
+            "flops_per_token": self.flops_per_token,
+            "flops": self.flops,
+            "step": None if self.step is None else dataclasses.asdict(self.step),
+            "step_seconds": self.step_seconds,
+            "compile_seconds": self.compile_seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "seconds": self.seconds,
+            "cost": self.cost,
+        }
+
+
+def plan(config: RunConfig, gpu: str | None = None, *, mfu: float = MFU, price_per_hour: float | None = None) -> Plan:
+    """Plan a run on this machine's device (`train.device`), which takes some seconds, or on a GPU that is named.
+
+    `mfu` counts for a named GPU only.
+    """
+    if gpu is None:
+        device = pick_device(config.train.device)
+        config = _with(config, device=str(device), precision=pick_precision(config.train.precision, device))
+        compiled = _is_compiled(config, device)
+        process = _resident() if device.type == "cpu" else 0  # with the compiler, if there is one
+        name, limit = _this_machine(device)
+        step, compiling, kept = step_time(config, device, compiled)
+        seconds = step.total
+    else:
+        device = torch.device("meta")
+        config = _with(config, precision="bf16" if config.train.precision == "auto" else config.train.precision)
+        name, limit, peak = _named_gpu(gpu)
+        process, compiled, step, compiling, kept = 0, False, None, 0.0, None
+        seconds = flops_per_token(config.model, config.train.sequence_length) * config.train.tokens_per_step
+        seconds /= peak * mfu
+    shapes = device if device.type == "cpu" else torch.device("meta")
+    memory = step_memory(config, shapes, process, kept)
+    return Plan(
+        config=config,
+        device=name,
+        precision=config.train.precision,
+        compiled=compiled,
+        memory=memory,
+        memory_limit=limit,
+        largest_micro_batch=largest_micro_batch(config, shapes, limit, process, kept),
+        step=step,
+        step_seconds=seconds,
+        compile_seconds=compiling,
+        mfu=mfu,
+        price_per_hour=price_per_hour,
+    )
+
+
+def described(plan: Plan) -> str:
+    """A plan as a table for the terminal."""
+    t, memory = plan.config.train, plan.memory
+    parameters = plan.parameters
+    micro_batches = t.batch_size // t.micro_batch
+    how_split = f" in {micro_batches} micro-batches" if micro_batches > 1 else ""
+    title = f"{t.max_steps:,} steps of {t.batch_size} x {t.sequence_length:,} tokens{how_split}, {t.optimizer}, "
+    title += f"{t.precision}{', compiled' if plan.compiled else ''}, on {plan.device}"
+    unit, bytes_ = ("GiB", 2**30) if memory.total >= 2**30 else ("MiB", 2**20)
+    parts = {name: size / bytes_ for name, size in dataclasses.asdict(memory).items() if size >= bytes_ / 100}
+    if plan.step is None:
+        how = f"assuming {plan.mfu:.0%} of the peak; a small model reaches less"
+    else:
+        shares = {"blocks": plan.step.blocks, "head and loss": plan.step.head, "update": plan.step.update}
+        how = ", ".join(f"{name} {seconds / plan.step.total:.0%}" for name, seconds in shares.items())
+        how = f"{plan.step_seconds:.3g} s a step: {how}"
+    digits = 2 if unit == "GiB" else 0
+    best = plan.largest_micro_batch
+    rows = {
+        "parameters": (
+            f"{parameters['total']:,}",
+            f"embedding {parameters['embedding']:,}, blocks {parameters['blocks']:,}",
+        ),
+        "memory": (
+            f"{memory.total / 2**30:.2f} of {plan.memory_limit / 2**30:.0f} GiB",
+            ", ".join(f"{name} {size:,.{digits}f}" for name, size in parts.items()) + f" {unit}",
+        ),
+        "micro-batch": (
+            "none fits" if best is None else f"at most {best:,}",
+            f"sequences; {t.micro_batch} is chosen" + ("" if plan.fits else ", which does not fit"),
+        ),
+        "FLOPs": (f"{plan.flops:.3g}", f"{plan.flops_per_token / 1e6:,.1f} million per token"),
+        "speed": (f"{plan.tokens_per_second:,.0f} tokens/s", how),
+        "time": (_duration(plan.seconds), "with validation, without preparing data and saving"),
+    }
+    if plan.cost is not None:
+        rows["cost"] = (f"{plan.cost:,.2f}", f"at {plan.price_per_hour:g} per hour")
+    width = max(len(value) for value, _ in rows.values())
+    return f"{title}\n\n" + "\n".join(f"{name:<13}{value:<{width + 2}}{told}" for name, (value, told) in rows.items())
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    hours = round(seconds / 3600)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if hours < 48 else f"{hours / 24:,.1f} days"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def step_memory(
+    config: RunConfig, device: torch.device, process: int = 0, kept: dict[str, float] | None = None
+) -> Memory:
+    """The peak of a training step: the trainer's own step on tensors that have shapes but no data.
+
+    `device` is the CPU, or "meta", which stands for any GPU. A deep model is counted with few layers, and with one
+    more of each kind: each phase of the step grows by the same for every further layer. `process` is what the process
+    takes without any tensor. `kept` says, for each kind of layer, how many bytes of a sequence a compiled block keeps
+    for its backward pass, where they are not those of the block as it is written.
+    """
+    layers = _kinds(config)
+    few = tuple(kind for kind, count in layers.items() for _ in range(min(count, 2)))
+    peaks = _peaks(config, few, device)
+    phases = {phase: peak.copy() for phase, peak in peaks.items()}
+    for kind, count in layers.items():
+        further = count - few.count(kind)
+        if not further and kept is None:
+            continue
+        more = _peaks(config, (*few, kind), device)
+        for phase, peak in phases.items():
+            for what in _HELD:
+                peak[what] += further * (more[phase][what] - peaks[phase][what])
+            if kept is not None and phase != "update":
+                written = more["loss"]["activations"] - peaks["loss"]["activations"]
+                peak["activations"] += count * (int(kept[kind] * config.train.micro_batch) - written)
+    most = max(phases.values(), key=Counter.total)
+    return Memory(**{what: most[what] for what in _HELD}, process=process)
+
+
+def largest_micro_batch(
+    config: RunConfig, device: torch.device, limit: int, process: int = 0, kept: dict[str, float] | None = None
+) -> int | None:
+    """The largest divisor of the batch whose step fits into the usable part of `limit` bytes; None if none does.
+
+    Below the whole batch, which needs no gradients of a micro-batch before it, the peak grows by the same for every
+    sequence, so that two sizes tell it for all.
+    """
+
+    def needed(sequences: int) -> int:
+        return step_memory(_with(config, micro_batch_size=sequences), device, process, kept).total
+
+    usable, batch = USABLE * limit, config.train.batch_size
+    if needed(batch) <= usable:
+        return batch
+    divisors = [n for n in range(1, batch) if batch % n == 0]
+    if not divisors:
+        return None
+    low, high = divisors[0], divisors[-1]
+    first, last = needed(low), needed(high)
+    slope = (last - first) / max(1, high - low)
+    return max((n for n in divisors if first + (n - low) * slope <= usable), default=None)
+
+
+_HELD = ("weights", "gradients", "optimizer", "logits", "activations")
+
+
+def _kinds(config: RunConfig) -> Counter[str]:
+    """How many layers there are of each kind; where a window holds the whole sequence, all are of one."""
+    m = config.model
+    return Counter(m.layers if config.train.sequence_length > m.sliding_window else [m.layers[0]] * len(m.layers))
+
+
+def _with(config: RunConfig, **changes: Any) -> RunConfig:
+    """The run with other training."""
+    return config.replace(train=config.train.replace(**changes))
+
+
+def _peaks(config: RunConfig, layers: tuple[str, ...], device: torch.device) -> dict[str, Counter[str]]:
+    """What is held at the peak of each phase of a training step of a model of these layers."""
+    t = config.train
+    micro_batches = min(2, t.batch_size // t.micro_batch)  # the second finds gradients there; a third changes nothing
+    run = _with(config, batch_size=micro_batches * t.micro_batch, micro_batch_size=t.micro_batch).replace(
+        model=config.model.replace(num_hidden_layers=len(layers), layer_types=layers)
+    )
+    stream = TokenStream([np.zeros(4 * t.sequence_length, np.uint16)], 0)
+    without_data = FakeTensorMode(allow_non_fake_inputs=True) if device.type == "cpu" else contextlib.nullcontext()
+    with without_data, _Storages(run.model.vocab_size) as storages, device:
+        model = Gemma(run.model)
+        model.compute_in(DTYPES[t.precision])
+        state = TrainState(model, make_optimizers(model, run.train), torch.amp.GradScaler("cpu", enabled=False))
+        for p in model.parameters():
+            storages.hold(p, "weights")
+            p.grad = torch.empty_like(p)
+            p.register_post_accumulate_grad_hook(storages.gradient)
+        for optimizer in state.optimizers:  # the first step makes the state, which all others find there
+            for group in optimizer.param_groups:
+                group["fused"] = group.get("fused") and device.type == "cpu"  # a kernel that is not there for meta
+            optimizer.step()
+            for x in tree_leaves(list(optimizer.state.values())):
+                if isinstance(x, Tensor):
+                    storages.hold(x, "optimizer")
+            optimizer.zero_grad()
+            optimizer.register_step_pre_hook(lambda *_: storages.enter("update"))
+        model.model.register_forward_pre_hook(lambda *_: storages.enter("forward"))
+        model.model.register_forward_hook(lambda *_: storages.enter("loss"))
+        storages.peaks.clear()
+        train_step(state, stream, run)
+    return storages.peaks
+
+
+class _Storages(TorchDispatchMode):
+    """Adds up the storages that are alive, by what they hold, and remembers the most of each phase."""
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.phase = "forward"
+        self.kinds: dict[int, str] = {}  # of the storages alive
+        self.alive: Counter[str] = Counter()
+        self.peaks: dict[str, Counter[str]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0  # the loss, the norm, AdamW's count of steps: a number that will do where there is no data
+        if func is torch.ops.aten._fused_sdp_choice.default and args[0].is_meta:
+            return _flash_or_efficient(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.kinds:
+                is_logits = x.ndim == 2 and x.shape[1] == self.vocab_size
+                self._add(x, "logits" if is_logits else "activations")
+        if self.alive.total() > self.peaks.setdefault(self.phase, Counter()).total():
+            self.peaks[self.phase] = self.alive.copy()
+        return out
+
+    def _add(self, x: Tensor, kind: str) -> None:
+        storage = x.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        self.kinds[key] = kind
+        self.alive[kind] += size
+
+        def free() -> None:
+            self.alive[self.kinds.pop(key)] -= size
+
+        weakref.finalize(storage, free)
+
+    def hold(self, x: Tensor, kind: str) -> None:
+        """Say what a tensor's storage holds."""
+        storage = x.untyped_storage()
+        self.alive[self.kinds[storage._cdata]] -= storage.nbytes()
+        self.kinds[storage._cdata] = kind
+        self.alive[kind] += storage.nbytes()
+
+    def gradient(self, p: Tensor) -> None:
+        """A parameter has got its gradient."""
+        assert p.grad is not None, "the hook is called behind it"
+        self.enter("backward")
+        self.hold(p.grad, "gradients")
+
+    def enter(self, phase: str) -> None:
+        """From now on the step is in this phase."""
+        self.phase = phase
+
+
+def _flash_or_efficient(query, key, value, attn_mask=None, *_, **__) -> int:
+    """Which of torch's attention kernels a GPU would take; on "meta" it would be the one that makes all scores."""
+    return (SDPBackend.FLASH_ATTENTION if attn_mask is None else SDPBackend.EFFICIENT_ATTENTION).value
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds now."""
+    if Path("/proc/self/statm").exists():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _this_machine(device: torch.device) -> tuple[str, int]:
+    """A device in words, and its memory in bytes."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return properties.name, properties.total_memory
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")  # a container may have less than the machine
+    if limit.exists() and limit.read_text().strip().isdigit():
+        memory = min(memory, int(limit.read_text()))
+    kind = "this machine's GPU" if device.type == "mps" else f"this machine, {torch.get_num_threads()} threads"
+    return kind, memory
+
+
+def _named_gpu(name: str) -> tuple[str, int, float]:
+    """The table's name of a GPU, its memory in bytes, its peak in FLOP/s."""
+    known = {key.lower(): key for key in GPU_MEMORY_GIB}
+    key = known.get(name.lower())
+    peak = None if key is None else gpu_peak_flops(key)
+    if key is None or peak is None:
+        raise GemletError(
+            f"unknown GPU {name!r}{did_you_mean(name, GPU_MEMORY_GIB)} (known are {', '.join(GPU_MEMORY_GIB)})"
+        )
+    return key, GPU_MEMORY_GIB[key] * 2**30, peak
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time
+
+
+def step_time(
+    config: RunConfig, device: torch.device, compiled: bool
+) -> tuple[StepTime, float, dict[str, float] | None]:
+    """The time of a step, from pieces of it that are measured at their real shapes.
+
+    Beside it the seconds that compiling took, and what compiled blocks keep, see `step_memory`.
+    """
+    m, t = config.model, config.train
+    rate = (
+        peak_flops(device, t.precision) or 1e13
+    )  # says how much of a piece is measured, and does not enter the result
+    affordable = SAMPLE_SECONDS * rate / 3
+    blocks = update = compiling = 0.0
+    kept = {}
+    for kind, count in _kinds(config).items():
+        one = m.replace(vocab_size=2, num_hidden_layers=1, layer_types=(kind,), **_NO_IDS)
+        work = flops_per_token(one, t.sequence_length) * t.sequence_length
+        sequences = max(1, min(t.micro_batch, int(affordable / work)))
+        layers = max(1, min(count, int(affordable / work / sequences)))
+        state = new_state(
+            config.replace(model=one.replace(num_hidden_layers=layers, layer_types=(kind,) * layers)), device
+        )
+        model = state.model.model
+        ids = torch.zeros(sequences, t.sequence_length, dtype=torch.int64, device=device)
+        gradient = torch.ones(sequences, t.sequence_length, m.hidden_size, device=device, dtype=state.model.dtype)
+        run = functools.partial(_forward_backward, model, ids, gradient)
+        if compiled:
+            for block in model.layers:
+                block.compile(dynamic=False)
+            began = time.perf_counter()
+            run()
+            compiling += time.perf_counter() - began
+            kept[kind] = _kept_bytes(model, ids) / layers / sequences
+        blocks += _seconds(run, device) * count / layers * t.micro_batch / sequences
+        update += _update_seconds(state.model, state.optimizers, t, device) * count / layers
+    head = _head_seconds(config, device, affordable)
+    micro_batches = t.batch_size // t.micro_batch
+    step = StepTime(micro_batches * blocks, micro_batches * head, update + _embedding_update(m, t, device))
+    return step, compiling, kept or None
+
+
+def _kept_bytes(model: nn.Module, ids: Tensor) -> int:
+    """What a forward pass keeps for the backward pass, the weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        hidden = model(ids)
+    del hidden
+    return sum(size for place, size in storages.items() if place not in weights)
+
+
+def _forward_backward(model: nn.Module, ids: Tensor, gradient: Tensor) -> None:
+    model(ids).backward(gradient)
+
+
+_NO_IDS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+
+
+def _head_seconds(config: RunConfig, device: torch.device, affordable: float) -> float:
+    """Embedding, head and loss of one micro-batch, forwards and backwards.
+
+    Where all its tokens would take too long, two smaller numbers of tokens give the line: a part of the cost, that of
+    the gradient of the whole embedding, does not grow with the tokens.
+    """
+    m, t = config.model, config.train
+    dtype = DTYPES[t.precision]
+    embedding = nn.Parameter(torch.zeros(m.vocab_size, m.hidden_size, device=device))
+    head = embedding if m.tie_word_embeddings else nn.Parameter(torch.zeros_like(embedding))
+
+    def seconds(tokens: int) -> float:
+        ids = torch.zeros(tokens, dtype=torch.int64, device=device)
+
+        def run() -> None:
+            linear_cross_entropy(nn.functional.embedding(ids, embedding).to(dtype), head, ids).backward()
+
+        return _seconds(run, device)
+
+    tokens = t.micro_batch * t.sequence_length
+    some = int(affordable / (6 * m.vocab_size * m.hidden_size)) // 64 * 64
+    if some >= tokens:
+        return seconds(tokens)
+    some = min(tokens, max(128, some))
+    few = some // 4
+    base, more = seconds(few), seconds(some)
+    return more + (more - base) / (some - few) * (tokens - some)
+
+
+def _update_seconds(model: nn.Module, optimizers: list, train: TrainConfig, device: torch.device) -> float:
+    """Norm, clipping and the optimizers' step for the parameters of a model."""
+
+    def run() -> None:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if train.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), train.grad_clip, norm)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return _seconds(run, device)
+
+
+def _embedding_update(m: ModelConfig, train: TrainConfig, device: torch.device) -> float:
+    """The same for the embedding and an untied head, of which AdamW takes care: measured on a part, all rows alike."""
+    elements = m.vocab_size * m.hidden_size * (1 if m.tie_word_embeddings else 2)
+    rows = max(1, min(elements, 2**24) // m.hidden_size)
+    part = nn.Embedding(rows, m.hidden_size, device=device)
+    part.weight.grad = torch.ones_like(part.weight)
+    adamw = train.replace(optimizer="adamw")
+    return _update_seconds(part, make_optimizers(part, adamw), adamw, device) * elements / part.weight.numel()
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The median time of a call, after one that does not count."""
+
+    def wait() -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+    call()
+    wait()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < SAMPLE_SECONDS and len(times) < 20):
+        began = time.perf_counter()
+        call()
+        wait()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def _is_compiled(config: RunConfig, device: torch.device) -> bool:
+    """Whether the trainer will compile its blocks."""
+    t = config.train
+    flops = t.max_steps * t.tokens_per_step * flops_per_token(config.model, t.sequence_length)
+    wanted = t.compile == "on" or (t.compile == "auto" and flops > COMPILE_PAYS.get(device.type, math.inf))
+    return wanted and can_compile(device.type)
