@@ -27,7 +27,7 @@ from gemlet.config import ModelConfig
 from gemlet.errors import GemletError, did_you_mean
 from gemlet.files import new_folder, recover, remove, whole_folder, writing
 from gemlet.model import Gemma
-from gemlet.tensors import Stored, is_finite, read_header, read_tensors, write_tensors
+from gemlet.tensors import Stored, is_finite, map_tensors, read_header, read_tensors, write_tensors
 from gemlet.tokenizer import Tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -66,6 +66,22 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu", dtype: to
         model = Gemma(config).to(dtype)
     model.to_empty(device=device)
     _read_weights(stored, model)
+    return model
+
+
+def map_model(folder: str | Path) -> Gemma:
+    """`load_model` for reading only: on the CPU, each weight in the dtype it is stored in, mapped and not copied.
+
+    float16 and float64, which nothing here computes with on a CPU, are read as float32.
+    """
+    config, stored = stored_weights(folder)
+    if not {tensor.dtype for tensor in stored.values()} <= {torch.float32, torch.bfloat16}:
+        return load_model(folder)
+    with torch.device("meta"):
+        model = Gemma(config)
+    mapped = map_tensors({name: stored[name] for name in model.state_dict()})
+    model.load_state_dict(mapped, assign=True)
+    _check_values(stored, model)
     return model
 
 
@@ -155,6 +171,12 @@ def _read_weights(stored: dict[str, Stored], model: Gemma) -> None:
     """Fill the model's weights, which are allocated and whose names and shapes are checked."""
     for name, target in model.state_dict().items():
         stored[name].read_into(target)
+    _check_values(stored, model)
+
+
+def _check_values(stored: dict[str, Stored], model: Gemma) -> None:
+    """Refuse weights that are not finite, and a head of a tied model that is not the embedding."""
+    for name, target in model.state_dict().items():
         if not is_finite(target):
             narrower = target.dtype == torch.float16 and stored[name].dtype != torch.float16
             raise GemletError(

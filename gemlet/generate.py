@@ -10,6 +10,7 @@ Text, stop strings and streams of pieces are the layer above, `gemlet.lm`.
 
 import secrets
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -18,13 +19,10 @@ from typing import NoReturn, TypedDict
 import torch
 from torch import Generator, Tensor, nn
 
-from gemlet.cache import KVCache
 from gemlet.config import ModelConfig
+from gemlet.decoder import Ready
 from gemlet.errors import GemletError
 from gemlet.model import Gemma
-
-PREFILL_CHUNK = 512
-"""Prompt tokens taken in at once: the memory of a long prompt grows with its length, not with its square."""
 
 _TINY, _HUGE = 1e-30, 1e30  # numbers beyond these are 0 or infinite in float32
 
@@ -133,18 +131,7 @@ def sample(
     return (cumulative >= point * cumulative.amax(-1, keepdim=True)).int().argmax(-1)
 
 
-def prefill(model: Gemma, ids: Tensor, cache: KVCache, chunk: int = PREFILL_CHUNK) -> Tensor:
-    """Take ids [B, T] into the cache, a chunk at a time; the logits [B, V] of what follows the last one."""
-    hidden = [model.model(part, cache)[:, -1] for part in ids.split(chunk, 1)][-1]
-    return model.head(hidden)
-
-
-def decode(model: Gemma, tokens: Tensor, cache: KVCache) -> Tensor:
-    """Take one token a row, [B], into the cache; the logits [B, V] of what follows it."""
-    return model(tokens[:, None], cache)[:, -1]
-
-
-def generate(model: Gemma, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
+def generate(model: Gemma | Ready, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
     """Continue the prompt, token by token; a token of `config.stop_ids` ends it and is not among them.
 
     Prompt and continuation together never exceed `config.max_position_embeddings`: `max_new_tokens` is cut to what is
@@ -155,7 +142,7 @@ def generate(model: Gemma, prompt_ids: Sequence[int], params: SamplingParams) ->
 
 
 def generate_samples(
-    model: Gemma,
+    model: Gemma | Ready,
     prompt_ids: Sequence[int],
     params: SamplingParams,
     num_samples: int,
@@ -167,12 +154,14 @@ def generate_samples(
     which is asked after each of its tokens. Limits and errors are those of `generate`.
     """
     ids, limit = checked(model.config, prompt_ids, params)
-    return _generate(model, ids, params, limit, generators(params, num_samples), ended)
+    return _generate(
+        model if isinstance(model, Ready) else Ready(model), ids, params, limit, generators(params, num_samples), ended
+    )
 
 
 @torch.inference_mode()
 def _generate(
-    model: Gemma,
+    ready: Ready,
     prompt: list[int],
     params: SamplingParams,
     limit: int,
@@ -181,32 +170,85 @@ def _generate(
 ) -> Iterator[tuple[int, int]]:
     if limit == 0:
         return
-    running = list(range(len(generators)))  # the samples in the batch, row by row
+    running = list(range(len(generators)))  # the samples that go on; sample i has slot i
     texts = [list(prompt) for _ in running]
-    ids = torch.tensor([prompt], device=model.device)
-    cache = KVCache(model.config, 1, len(prompt) + limit, model.dtype, model.device)
-    logits = prefill(model, ids, cache).expand(len(running), -1)
-    _keep_rows(cache, torch.zeros(len(running), dtype=torch.long, device=model.device))
-    seen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids.expand(len(running), -1), True)
-    for remaining in reversed(range(limit)):
-        _check_finite(model, logits, [texts[i] for i in running])
-        tokens = sample(logits, params, [generators[i] for i in running], seen)
-        seen.scatter_(1, tokens[:, None], True)
-        going = []  # rows that go on
-        for row, (i, token) in enumerate(zip(running, tokens.tolist(), strict=True)):
-            if token in model.config.stop_ids:
-                continue
-            texts[i].append(token)
-            yield i, token
-            if not ended(i):
-                going.append(row)
-        if not going or not remaining:
-            return
-        if len(going) < len(running):
-            rows = torch.tensor(going, device=model.device)
-            running, tokens, seen = [running[row] for row in going], tokens[rows], seen[rows]
-            _keep_rows(cache, rows)
-        logits = decode(model, tokens, cache)
+    decoder = ready.decoder(len(running), len(prompt) + limit)
+    rows = decoder.prefill(0, prompt).expand(1, len(running), -1)  # [guessed and one, samples, V]
+    for i in running[1:]:
+        decoder.copy(0, i, len(prompt))
+    seen = torch.zeros_like(rows[0], dtype=torch.bool)
+    seen[:, prompt] = True
+    lookup, guessed = Lookup(decoder.guesses), []
+    while True:
+        for row, guess in zip(rows, [*guessed, None], strict=True):
+            _check_finite(ready.model, row, [texts[i] for i in running])
+            tokens = sample(row, params, [generators[i] for i in running], seen[running]).tolist()
+            going = []
+            for i, token in zip(running, tokens, strict=True):
+                if token in ready.config.stop_ids:
+                    continue
+                texts[i].append(token)
+                seen[i, token] = True
+                yield i, token
+                if not ended(i):
+                    going.append(i)
+            running = going
+            if not running or len(texts[running[0]]) == len(prompt) + limit:
+                return
+            if tokens[0] != guess:  # the rows behind a wrong guess are of no use
+                break
+        text = texts[running[0]]
+        guessed = lookup.guess(text)[: len(prompt) + limit - len(text) - 1] if len(texts) == 1 else []
+        last = len(text) - 1
+        if guessed:
+            taken = range(last, last + 1 + len(guessed))
+            rows = decoder.step([text[-1], *guessed], [running[0]] * len(taken), taken)[:, None]
+        else:
+            rows = decoder.step([texts[i][-1] for i in running], running, [last] * len(running))[None]
+
+
+class Lookup:
+    """Guesses what a text says next: what followed its last tokens where they stood before (prompt lookup).
+
+    A guess is checked in the same step that it saves: the token of its row is drawn like any other, and the guess is
+    right if it is the same one. So guessing changes no text, only its time; whether it pays is measured.
+    """
+
+    LAST = 3
+    """Tokens that have to be the same."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self._after: dict[tuple[int, ...], int] = {}  # where the text goes on behind these tokens
+        self._known = self.LAST
+        self._spent, self._gained = [0.0, 0.0], [0.0, 0.0]  # seconds and tokens, plainly and by guessing; old ones fade
+        self._asked = (0, 0.0, False)  # the text's length, the time and whether it was guessed, when last asked
+        self._chances = 0
+
+    def guess(self, text: Sequence[int], now: float | None = None) -> list[int]:
+        """At most `most` tokens; often none. To be asked before every step, with the text so far."""
+        if not self.most:
+            return []
+        now = time.perf_counter() if now is None else now
+        self._learn(len(text), now)
+        for end in range(self._known, len(text)):
+            self._after[tuple(text[end - self.LAST : end])] = end
+        self._known = max(self._known, len(text))
+        at = self._after.get(tuple(text[-self.LAST :]))
+        self._chances += at is not None
+        guessed = at is not None and (self._pays() or self._chances % 16 == 0)
+        self._asked = (len(text), now, guessed)
+        return list(text[at : at + self.most]) if at is not None and guessed else []
+
+    def _learn(self, length: int, now: float) -> None:
+        before, since, guessed = self._asked
+        if since:
+            self._spent[guessed] = 0.95 * self._spent[guessed] + now - since
+            self._gained[guessed] = 0.95 * self._gained[guessed] + length - before
+
+    def _pays(self) -> bool:
+        plain, guessing = (spent / (gained or 1) for spent, gained in zip(self._spent, self._gained, strict=True))
+        return guessing <= plain
 
 
 @torch.inference_mode()
@@ -252,12 +294,6 @@ def generators(params: SamplingParams, num_samples: int) -> list[Generator]:
     """Where sample 0, 1, ... of a prompt draw their numbers from."""
     seed = secrets.randbits(62) if params.seed is None else params.seed
     return [Generator().manual_seed(seed + i) for i in range(num_samples)]
-
-
-def _keep_rows(cache: KVCache, rows: Tensor) -> None:
-    """Make the cache's batch these of its rows; one may be taken several times."""
-    for layer in cache.layers:
-        layer.k, layer.v = layer.k[rows], layer.v[rows]
 
 
 def _check_finite(model: Gemma, logits: Tensor, texts: list[list[int]]) -> None:

@@ -8,14 +8,16 @@ returns for the same arguments.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from gemlet.checkpoint import PICKLES, load_model, pickle_error, read_config
+from gemlet.checkpoint import PICKLES, load_model, map_model, pickle_error, read_config
 from gemlet.config import ModelConfig
+from gemlet.decoder import Ready
 from gemlet.device import DTYPES, pick_device
 from gemlet.errors import GemletError, did_you_mean
 from gemlet.generate import SamplingOptions, SamplingParams, generate, generate_samples
@@ -29,28 +31,43 @@ def load(source: str | Path, device: str = "auto", dtype: str | torch.dtype = "a
 
     `source` is a checkpoint folder, any Gemma 3 text folder that transformers wrote, a run's folder (its best
     checkpoint) or, if there is no such folder, a model on the hub: OWNER/NAME. `device` is auto, cpu, cuda, cuda:1 or
-    mps. `dtype` is that of the weights, fp32, bf16 or fp16; auto is fp32, which holds any of them exactly. Raises
-    GemletError for anything that is not such a model.
+    mps. `dtype` is that of the weights: fp32, bf16 or fp16; auto is the one they are stored in. int8 and int4 are how
+    matrices are kept for writing text on a CPU; everything else goes on as with auto. A CPU computes in float32
+    whatever the dtype. Raises GemletError for anything that is not such a model.
     """
-    weights = {"auto": torch.float32, **DTYPES}.get(dtype) if isinstance(dtype, str) else dtype
-    if weights is None or weights not in DTYPES.values():
+    weights = WEIGHTS.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if weights not in (*WEIGHTS.values(), "int8", "int4"):
         raise GemletError(
-            f"dtype is {dtype!r}, but must be auto, {', '.join(DTYPES)}, or torch's dtype for one of them"
+            f"dtype is {dtype!r}, but must be {', '.join(WEIGHTS)}, int8, int4, or torch's dtype for one of them"
         )
     place, folder = pick_device(device), model_folder(source)
     read_config(folder)
-    tokenizer = Tokenizer.load(
-        folder
-    )  # first: what reading a large one takes for a moment is not on top of the weights
-    return LM(load_model(folder, place, weights), tokenizer)
+    if isinstance(weights, str) and place.type != "cpu":
+        raise GemletError(f"{weights} is for a CPU, but the device is {place}; take bf16, or the device cpu")
+    # first: what reading a large one takes for a moment is not on top of the weights
+    tokenizer = Tokenizer.load(folder)
+    model = load_model(folder, place, weights) if isinstance(weights, torch.dtype) else map_model(folder).to(place)
+    if place.type == "cpu":
+        model.compute_in(torch.float32)
+    return LM(model, tokenizer, weights if isinstance(weights, str) else "auto")
+
+
+WEIGHTS = {"auto": None, **DTYPES}
+"""What `dtype` may be, and torch's name for it."""
 
 
 class LM:
     """A language model: `model` and `tokenizer`, and text through both."""
 
-    def __init__(self, model: Gemma, tokenizer: Tokenizer):
+    def __init__(self, model: Gemma, tokenizer: Tokenizer, weights: str = "auto"):
         self.model = model
         self.tokenizer = tokenizer
+        self.weights = weights
+
+    @cached_property
+    def ready(self) -> Ready:
+        """The model made ready to write, when it does so for the first time: `weights` says how matrices are kept."""
+        return Ready(self.model, self.weights)
 
     @property
     def config(self) -> ModelConfig:
@@ -85,21 +102,27 @@ class LM:
         fields of `gemlet.generate.SamplingParams`: max_new_tokens, temperature, top_k, top_p, min_p,
         repetition_penalty, seed. Sample i is what seed + i gives alone.
         """
+        texts = [""] * (num_samples if isinstance(num_samples, int) else 0)
+        for i, piece in self.stream_samples(prompt, num_samples, stop=stop, **sampling):
+            texts[i] += piece
+        return texts[0] if num_samples == 1 else texts
+
+    def stream_samples(
+        self, prompt: str, num_samples: int, *, stop: str | Iterable[str] = (), **sampling: Unpack[SamplingOptions]
+    ) -> Iterator[tuple[int, str]]:
+        """`generate` with `num_samples`, in pieces as they are written, all side by side: pairs (sample, piece)."""
         ids, stops, params = self.tokenizer.prompt_ids(prompt), stop_strings(stop), _params(sampling)
         if not isinstance(num_samples, int) or num_samples < 1:
             raise GemletError(f"num_samples is {num_samples!r}, but must be a whole number, 1 or more")
         writers = [TextWriter(self.tokenizer.decoder(), stops) for _ in range(num_samples)]
-        texts = [""] * num_samples
-        for i, token in generate_samples(self.model, ids, params, num_samples, lambda i: writers[i].ended):
-            texts[i] += writers[i].push(token)
-        texts = [text + writer.flush() for text, writer in zip(texts, writers, strict=True)]
-        return texts[0] if num_samples == 1 else texts
+        tokens = generate_samples(self.ready, ids, params, num_samples, lambda i: writers[i].ended)
+        return _sample_pieces(tokens, writers)
 
     def stream(
         self, prompt: str = "", *, stop: str | Iterable[str] = (), **sampling: Unpack[SamplingOptions]
     ) -> Iterator[str]:
         """`generate`, in pieces as they are written: whole characters, and never a part of a stop string."""
-        tokens = generate(self.model, self.tokenizer.prompt_ids(prompt), _params(sampling))
+        tokens = generate(self.ready, self.tokenizer.prompt_ids(prompt), _params(sampling))
         return _pieces(tokens, TextWriter(self.tokenizer.decoder(), stop_strings(stop)))
 
     @torch.no_grad()
@@ -158,6 +181,15 @@ def _pieces(tokens: Iterator[int], writer: TextWriter) -> Iterator[str]:
             return
     if piece := writer.flush():
         yield piece
+
+
+def _sample_pieces(tokens: Iterator[tuple[int, int]], writers: list[TextWriter]) -> Iterator[tuple[int, str]]:
+    for i, token in tokens:
+        if piece := writers[i].push(token):
+            yield i, piece
+    for i, writer in enumerate(writers):
+        if piece := writer.flush():
+            yield i, piece
 
 
 def stop_strings(stop: str | Iterable[str]) -> tuple[str, ...]:

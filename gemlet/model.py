@@ -52,9 +52,13 @@ class Linear(nn.Module):
 
 def rope(positions: Tensor, head_dim: int, base: float) -> Rope:
     """Cosine and sine, [T, H] in float32, of the angles by which RoPE (2104.09864) turns pairs (i, i + H/2)."""
-    frequency = base ** -(torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
-    angle = torch.outer(positions.float(), frequency).repeat(1, 2)
+    angle = torch.outer(positions.float(), rope_frequencies(head_dim, base, positions.device)).repeat(1, 2)
     return angle.cos(), angle.sin()
+
+
+def rope_frequencies(head_dim: int, base: float, device: torch.device | None = None) -> Tensor:
+    """By how much each of the H / 2 pairs turns from one position to the next: [H / 2] in float32."""
+    return base ** -(torch.arange(0, head_dim, 2, device=device).float() / head_dim)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
@@ -78,7 +82,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(H, config.rms_norm_eps)
         self.k_norm = RMSNorm(H, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: Rope, window: int | None, cache: LayerCache | None, start: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: Rope,
+        window: int | None,
+        cache: LayerCache | None,
+        start: int,
+        starts: Tensor | None = None,
+    ) -> Tensor:
         """[B, T, D] -> [B, T, D]; with a cache, x stands at the positions from `start` on."""
         B, T, _ = x.shape
         q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
@@ -87,7 +99,7 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, start)  # [B, K, S, H]
-        y = attention(q, k, v, window=window, scale=self.scale)
+        y = attention(q, k, v, window=window, scale=self.scale, starts=starts)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -119,9 +131,18 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.post_feedforward_layernorm = RMSNorm(D, eps)
 
-    def forward(self, x: Tensor, rope: Rope, window: int | None, cache: LayerCache | None, start: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: Rope,
+        window: int | None,
+        cache: LayerCache | None,
+        start: int,
+        starts: Tensor | None = None,
+    ) -> Tensor:
         """[B, T, D] -> [B, T, D]. What makes a layer slide, its rope and its window, come from outside."""
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, window, cache, start))
+        attended = self.self_attn(self.input_layernorm(x), rope, window, cache, start, starts)
+        x = x + self.post_attention_layernorm(attended)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
@@ -138,8 +159,11 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """[B, T] -> [B, T, D], after the final norm. With a cache, the T tokens follow those seen and join them."""
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None, starts: Tensor | None = None) -> Tensor:
+        """[B, T] -> [B, T, D], after the final norm. With a cache, the T tokens follow those seen and join them.
+
+        Where documents share a row, `starts` [B, T] says where that of each token begins, and it sees no other.
+        """
         config, T = self.config, input_ids.shape[1]
         start = 0 if cache is None else cache.length
         assert cache is None or start + T <= cache.max_length, f"{start} + {T} tokens in a cache of {cache.max_length}"
@@ -149,14 +173,18 @@ class Backbone(nn.Module):
             SLIDING: (rope(positions, config.head_dim, config.rope_local_base_freq), window),
             FULL: (rope(positions, config.head_dim, config.rope_theta), None),
         }
-        x = self.embed_tokens(input_ids)
-        # transformers multiplies by sqrt(D) rounded to the dtype of the weights; in float32 that is sqrt(D)
-        x = (x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype)).to(self.compute_dtype or x.dtype)
+        x = self.scaled(input_ids)
         for i, block in enumerate(self.layers):
-            x = block(x, *kinds[config.layers[i]], None if cache is None else cache.layers[i], start)
+            x = block(x, *kinds[config.layers[i]], None if cache is None else cache.layers[i], start, starts)
         if cache is not None:
             cache.length += T
         return self.norm(x)
+
+    def scaled(self, input_ids: Tensor) -> Tensor:
+        """[...] -> [..., D]: the embeddings, times sqrt(D), as the blocks take them."""
+        x = self.embed_tokens(input_ids)
+        # transformers multiplies by sqrt(D) rounded to the dtype of the weights; in float32 that is sqrt(D)
+        return (x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)).to(self.compute_dtype or x.dtype)
 
 
 class Gemma(nn.Module):
@@ -191,9 +219,9 @@ class Gemma(nn.Module):
         """[..., D] -> logits [..., V] in float32."""
         return F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """[B, T] -> logits [B, T, V] in float32."""
-        return self.head(self.model(input_ids, cache))
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None, starts: Tensor | None = None) -> Tensor:
+        """[B, T] -> logits [B, T, V] in float32; `cache` and `starts` as in `Backbone`."""
+        return self.head(self.model(input_ids, cache, starts))
 
 
 POST_NORM_GAIN = 0.2

@@ -1,9 +1,10 @@
 """Safetensors files (https://huggingface.co/docs/safetensors): tensors on disk that cannot run code.
 
 A file is the length of its header (8 bytes, little-endian), the header (JSON: every tensor's dtype, shape and place),
-then the values. The header is checked in full before anything is allocated. Values are read and written in pieces,
-never mapped: memory stays that of the tensors, a disk that is full is an ordinary error, and a file that is cut short
-meanwhile does not kill the process.
+then the values. The header is checked in full before anything is allocated. Values are read and written in pieces:
+memory stays that of the tensors, a disk that is full is an ordinary error, and a file that is cut short meanwhile does
+not kill the process. Only a model that is to write is mapped (`map_tensors`): it is there at once, and once in memory
+for all processes.
 """
 
 import json
@@ -113,6 +114,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     for name, stored in read_header(path).items():
         tensors[name] = torch.empty(stored.shape, dtype=stored.dtype)
         stored.read_into(tensors[name])
+    return tensors
+
+
+def map_tensors(stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+    """The tensors as they lie in their files, read when they are used; what is written to them stays in memory.
+
+    A tensor that does not begin at a multiple of its item size is read. The files must stay as they are: a file that
+    is cut short ends the process.
+    """
+    sizes = {tensor.file: tensor.file.stat().st_size for tensor in stored.values()}
+    memory = {file: torch.from_file(str(file), False, size, dtype=torch.uint8) for file, size in sizes.items()}
+    tensors = {}
+    for name, tensor in stored.items():
+        if tensor.offset % tensor.dtype.itemsize:
+            tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            tensor.read_into(tensors[name])
+            continue
+        end = tensor.offset + math.prod(tensor.shape) * tensor.dtype.itemsize
+        tensors[name] = memory[tensor.file][tensor.offset : end].view(tensor.dtype).view(tensor.shape)
     return tensors
 
 

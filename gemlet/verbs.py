@@ -262,9 +262,11 @@ class Generate:
     seed: int | None = None
     """Sample i of a prompt draws from seed + i, whatever the other samples are; unset: other draws every time."""
     num_samples: int = 1
-    """How many continuations to write, one after the other."""
+    """How many continuations to write: side by side on a terminal that is wide enough, else one after the other."""
     stop: tuple[str, ...] = ()
     """Texts that end a continuation and are left out of it; the model's end token always ends it."""
+    weights: Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"] = "auto"
+    """How the weights are kept: auto, as they are stored; int8 and int4, on a CPU, write faster and less exactly."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 
@@ -274,18 +276,23 @@ class Generate:
             raise GemletError(f"--num-samples is {self.num_samples}, but must be at least 1")
         from gemlet.lm import load
 
-        lm = load(self.model, device=self.device)
-        others = ("model", "prompt", "num_samples", "device")
+        lm = load(self.model, device=self.device, dtype=self.weights)
+        others = ("model", "prompt", "num_samples", "weights", "device")
         sampling: dict[str, Any] = {name: value for name, value in vars(self).items() if name not in others}
-        tokens, start = 0, time.perf_counter()
-        for sample in range(self.num_samples):
-            if sample:
-                print("\n---\n")
-            if self.seed is not None:
-                sampling["seed"] = self.seed + sample
-            tokens += len(lm.tokenizer.encode(_tell(self.prompt, lm.stream(self.prompt, **sampling))))
-        seconds = time.perf_counter() - start
-        print(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s", file=sys.stderr)
+        told, start = [""] * self.num_samples, time.perf_counter()
+        pieces = lm.stream_samples(self.prompt, self.num_samples, **sampling)
+        heard = _noted(pieces, told)
+        width = shutil.get_terminal_size().columns // self.num_samples
+        try:
+            if self.num_samples > 1 and width >= 24 and sys.stdout.isatty():
+                _tell_beside(self.prompt, told, heard)
+            else:
+                _tell_in_turn(self.prompt, told, heard)
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None  # what was said stays, and nothing went wrong
+        finally:
+            seconds, tokens = time.perf_counter() - start, sum(len(lm.tokenizer.encode(text)) for text in told)
+            print(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s", file=sys.stderr)
 
 
 Packed = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]  # types of the weights in a GGUF file
@@ -513,6 +520,39 @@ def _confirm(question: str, flag: str) -> None:
         raise GemletError("nothing was done")
 
 
+def _noted(pieces: Iterable[tuple[int, str]], told: list[str]) -> Iterator[tuple[int, str]]:
+    """The pieces of several samples, added to what each has told as they pass."""
+    for sample, piece in pieces:
+        told[sample] += piece
+        yield sample, piece
+
+
+def _tell_in_turn(prompt: str, told: list[str], pieces: Iterator[tuple[int, str]]) -> None:
+    """Stream the first of several samples; the others, written meanwhile, follow whole."""
+    _tell(prompt, (piece for sample, piece in pieces if sample == 0))
+    for text in told[1:]:
+        print("\n---\n")
+        _tell(prompt, [text])
+
+
+def _tell_beside(prompt: str, told: list[str], pieces: Iterator[tuple[int, str]]) -> None:
+    """Stream samples into columns of the terminal."""
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    def columns() -> Table:
+        table = Table.grid(padding=(0, 3), expand=True)
+        for _ in told:
+            table.add_column(ratio=1)
+        table.add_row(*(Text(prompt + text) for text in told))
+        return table
+
+    with Live(get_renderable=columns, refresh_per_second=12):
+        for _ in pieces:
+            pass
+
+
 def _tell(prompt: str, pieces: Iterable[str]) -> str:
     """Stream a prompt and its continuation to stdout, and return the latter; a terminal's edge breaks no word."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
@@ -527,11 +567,13 @@ def _tell(prompt: str, pieces: Iterable[str]) -> str:
             print(word, end="", flush=True)
             column = 0 if word.endswith("\n") else column + len(word)
 
-    for piece in itertools.chain([prompt], pieces):
-        told += piece
-        *whole, held = re.split(r"(?<=\s)", held + piece)
-        show(whole)
-    show([held, "\n"])
+    try:
+        for piece in itertools.chain([prompt], pieces):
+            told += piece
+            *whole, held = re.split(r"(?<=\s)", held + piece)
+            show(whole)
+    finally:  # Ctrl-C ends a text, too
+        show([held, "\n"])
     return told.removeprefix(prompt)
 
 

@@ -26,11 +26,10 @@ from rich import box
 from rich.table import Table
 
 from gemlet import runtimes
-from gemlet.cache import KVCache
 from gemlet.checkpoint import read_config
+from gemlet.decoder import decoder
 from gemlet.errors import GemletError
 from gemlet.export.gguf import export_gguf
-from gemlet.generate import decode, prefill
 from gemlet.lm import LM, load, model_folder
 from gemlet.model import Gemma
 from gemlet.testing import HARD_TEXTS
@@ -148,7 +147,7 @@ def verify(
             "environment that has one with --python"
         )
     folder = model_folder(target if against is None else against)
-    ours = _our_answers(load(folder, device="cpu"), documents)
+    ours = _our_answers(load(folder, device="cpu", dtype="fp32"), documents)
     with tempfile.TemporaryDirectory(prefix="gemlet-verify-") as temporary:
         for number, (python, name, version) in enumerate(found):
             place = Path(temporary, str(number))
@@ -260,12 +259,10 @@ def _our_answers(lm: LM, documents: Iterable[str]) -> _Ours:
 @torch.inference_mode()
 def _greedy(model: Gemma, prompt: list[int], new_tokens: int) -> list[int]:
     """The likeliest continuation; unlike `generate`, it does not stop at an end token."""
-    cache = KVCache(model.config, 1, len(prompt) + new_tokens, model.dtype, model.device)
-    token = prefill(model, torch.tensor([prompt]), cache).argmax(-1)
-    tokens = [int(token)]
+    writer = decoder(model, 1, len(prompt) + new_tokens)
+    tokens = [int(writer.prefill(0, prompt).argmax())]
     while len(tokens) < new_tokens:
-        token = decode(model, token, cache).argmax(-1)
-        tokens.append(int(token))
+        tokens.append(int(writer.step(tokens[-1:], [0], [len(prompt) + len(tokens) - 1]).argmax()))
     return tokens
 
 

@@ -266,7 +266,7 @@ def test_a_run_is_its_best_checkpoint_or_else_its_last(folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dtype": "int8"}, "dtype is 'int8', but must be auto, fp32, bf16, fp16"),
+        ({"dtype": "int2"}, "dtype is 'int2', but must be auto, fp32, bf16, fp16, int8, int4"),
         ({"dtype": torch.int32}, "torch.int32"),
         ({"device": "gpu"}, "gpu"),
     ],
