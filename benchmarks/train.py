@@ -1,0 +1,159 @@
+"""How fast a training step is, beside transformers and litgpt: `python -m benchmarks.train` prints a table.
+
+One step is forward, backward, clipping and AdamW on float32 weights, the same shape and the same tokens for all, in
+bfloat16 where the machine multiplies it (autocast for the peers, as they are used), else in float32. Everyone is built
+once and warmed up; then they take turns, a step each, so that a slow minute of the machine falls on all of them.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gemlet.config import ModelConfig, TrainConfig, preset
+from gemlet.data import document_starts
+from gemlet.device import DTYPES, pick_precision
+from gemlet.loss import linear_cross_entropy
+from gemlet.metrics import flops_per_token, peak_flops
+from gemlet.model import Gemma, init_weights
+from gemlet.optim import make_optimizers
+
+Step = Callable[[Tensor, Tensor], None]
+CPU = torch.device("cpu")
+
+
+def gemlet(
+    config: ModelConfig, dtype: torch.dtype, compiled: bool, optimizer: str = "adamw", begin: int | None = None
+) -> Step:
+    """`begin` is the token that begins a document; with it the documents of a row do not see each other."""
+    model = init_weights(Gemma(config))
+    model.compute_in(dtype)
+    if compiled:
+        for block in model.model.layers:
+            block.compile(dynamic=False)
+    optimizers = make_optimizers(model, TrainConfig(optimizer=optimizer))
+
+    def step(x: Tensor, y: Tensor) -> None:
+        starts = None if begin is None else document_starts(x, begin)
+        (linear_cross_entropy(model.model(x, starts=starts), model.head_weight, y) / y.numel()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for each in optimizers:
+            each.step()
+            each.zero_grad()
+
+    return step
+
+
+def peer(model: nn.Module, logits: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Step:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1, fused=True)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = F.cross_entropy(logits(x).flatten(0, 1).float(), y.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def transformers(config: ModelConfig, dtype: torch.dtype, compiled: bool, attention: str = "sdpa") -> Step:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**config.to_hf(), attn_implementation=attention)).train()
+    forward = torch.compile(model, dynamic=False) if compiled else model
+    return peer(model, lambda x: forward(input_ids=x, use_cache=False).logits, dtype)
+
+
+def litgpt(config: ModelConfig, dtype: torch.dtype, compiled: bool) -> Step:
+    from litgpt.config import Config
+    from litgpt.model import GPT
+
+    c, every = config, [int(kind == "sliding_attention") for kind in config.layers]
+    model = GPT(
+        Config.from_name(
+            "Gemma-3-1b-it",
+            n_layer=c.num_hidden_layers,
+            n_embd=c.hidden_size,
+            n_head=c.num_attention_heads,
+            n_query_groups=c.num_key_value_heads,
+            head_size=c.head_dim,
+            intermediate_size=c.intermediate_size,
+            vocab_size=c.vocab_size,
+            padded_vocab_size=c.vocab_size,
+            block_size=c.max_position_embeddings,
+            sliding_window_size=c.sliding_window,
+            sliding_window_indices=every,
+            rope_indices=every,
+        )
+    ).train()
+    model.lm_head.weight = model.transformer.wte.weight  # tied, as its configuration for Gemma leaves to its user
+    forward = torch.compile(model, dynamic=False) if compiled else model
+    return peer(model, lambda x: forward(x), dtype)
+
+
+CONTENDERS: dict[str, Callable[[ModelConfig, torch.dtype], Step]] = {
+    "gemlet": lambda c, d: gemlet(c, d, False),
+    "gemlet, compiled": lambda c, d: gemlet(c, d, True),
+    "gemlet, compiled, Muon": lambda c, d: gemlet(c, d, True, "muon"),
+    "transformers": lambda c, d: transformers(c, d, False),
+    "transformers, eager attention": lambda c, d: transformers(c, d, False, "eager"),
+    "transformers, compiled": lambda c, d: transformers(c, d, True),
+    "litgpt": lambda c, d: litgpt(c, d, False),
+    "litgpt, compiled": lambda c, d: litgpt(c, d, True),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="gemma3-270m-gpt2")
+    parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    config = preset(options.preset).model
+    if options.layers:
+        config = config.replace(num_hidden_layers=options.layers, layer_types=None)
+    precision = pick_precision("auto", CPU)
+    shape = (options.batch_size, options.length)
+    ids = torch.randint(0, config.vocab_size, (shape[0], shape[1] + 1), generator=torch.Generator().manual_seed(0))
+    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    steps: dict[str, Step] = {}
+    for name in options.only:
+        began = time.perf_counter()
+        torch.manual_seed(0)
+        steps[name] = CONTENDERS[name](config, DTYPES[precision])
+        steps[name](x, y)
+        print(f"{name}: first step after {time.perf_counter() - began:.0f} s", flush=True)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(options.rounds):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step(x, y)
+            seconds[name].append(time.perf_counter() - began)
+    rates = {name: [x.numel() / s for s in values] for name, values in seconds.items()}
+    peak = peak_flops(CPU, precision) or float("nan")
+    floor = peak / flops_per_token(config, options.length)
+    if options.json:
+        print(json.dumps({"precision": precision, "peak_flops": peak, "floor": floor, "tokens_per_second": rates}))
+        return
+    print(f"{options.preset}, {config.num_hidden_layers} layers, {shape[0]} x {shape[1]} tokens, {precision}")
+    print(f"{'':<32}{'tokens/s':>10}{'range':>16}{'of the floor':>14}")
+    for name, values in rates.items():
+        median = statistics.median(values)
+        spread = f"{min(values):.0f} to {max(values):.0f}"
+        print(f"{name:<32}{median:>10.0f}{spread:>16}{median / floor:>14.2f}")
+    print(f"{f'floor at {peak / 1e9:.0f} GFLOP/s':<32}{floor:>10.0f}")
+
+
+if __name__ == "__main__":
+    main()
