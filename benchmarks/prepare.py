@@ -1,7 +1,7 @@
 """From text to batches: `python -m benchmarks.prepare --tokenizer FOLDER` prints the rates and the memory.
 
 Tales are written to a file of `--megabytes` (5,000 make about a billion tokens), each under a number of its own, so
-that no two are equal. That file and its first tenth are prepared, each in a process of its own whose peak memory is
+that no two are equal. That file and one of a tenth are prepared, each in a process of its own whose peak memory is
 taken: if memory is bounded, the two are alike. On one core the tenth shows the rate of a core. Then the time that a
 training step would wait for its batch.
 """
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 from gemlet.config import TrainConfig
@@ -38,26 +38,20 @@ print(json.dumps([tokens, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_m
 
 def write_tales(file: Path, megabytes: int) -> None:
     """Twenty thousand tales again and again, numbered through."""
-    tales = list(islice(stories(), 20_000))
-    number = size = 0
+    tales = cycle(list(islice(stories(), 20_000)))
+    size = 0
     with file.open("w", encoding="utf-8") as out:
-        while size < megabytes * 10**6:
-            for tale in tales:
-                number += 1
-                size += out.write(f"{number}. {tale}\n<|endoftext|>\n")
-
-
-def head(source: Path, target: Path, megabytes: int) -> None:
-    with source.open("rb") as file:
-        content = file.read(megabytes * 10**6)
-    target.write_bytes(content[: content.rindex(b"<|endoftext|>")])
+        for number, tale in enumerate(tales):
+            size += out.write(f"{number}. {tale}\n<|endoftext|>\n")
+            if size >= megabytes * 10**6:
+                return
 
 
 def prepared(corpus: Path, out: Path, tokenizer: str, cores: int = 0) -> None:
     command = [sys.executable, "-c", PREPARE, str(corpus), str(out), tokenizer, str(cores)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     tokens, seconds, memory = json.loads(done.stdout)
-    where = f"{cores} core" if cores else f"{len(os.sched_getaffinity(0))} cores"
+    where = f"{cores} core" if cores else f"all {len(os.sched_getaffinity(0))} cores"
     print(
         f"{corpus.stat().st_size / 1e6:,.0f} MB, {tokens / 1e6:,.1f} M tokens, {where}: {tokens / seconds / 1e6:.2f} M "
         f"tokens/s, {seconds:.1f} s, at most {memory:.0f} MB of memory"
@@ -74,7 +68,7 @@ def main() -> None:
         folder = Path(name)
         start = time.perf_counter()
         write_tales(folder / "tales.txt", flags.megabytes)
-        head(folder / "tales.txt", folder / "tenth.txt", flags.megabytes // 10)
+        write_tales(folder / "tenth.txt", flags.megabytes // 10)
         print(f"tales written in {time.perf_counter() - start:.0f} s")
         prepared(folder / "tenth.txt", folder / "one", flags.tokenizer, cores=1)
         prepared(folder / "tenth.txt", folder / "tenth", flags.tokenizer)
