@@ -11,7 +11,7 @@ ARGS :=
 
 .DEFAULT_GOAL := help
 
-.PHONY: help quickstart test check interop format docs build wheel-test clean
+.PHONY: help quickstart test check interop gpu format docs build wheel-test clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 @\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -40,6 +40,11 @@ RUNTIMES := transformers-4 llama.cpp mlx browser
 
 interop: $(VENV)/installed-dev $(RUNTIMES:%=.envs/%/installed) ## install other runtimes and hold models against them
 	OMP_NUM_THREADS=1 GEMLET_WLLAMA=.envs/browser $(PY) -m pytest -rs tests/interop $(ARGS)
+
+# make gpu ARGS="--data stories.txt"; --device cpu --tiny as ARGS is a dry run of the second half.
+gpu: $(VENV)/installed-dev ## with an NVIDIA GPU: the tests of tests/gpu, then all its benchmarks, as JSON
+	$(PY) -m pytest -rs tests/gpu
+	$(PY) -m benchmarks.gpu $(ARGS)
 
 .envs/browser/installed: gemlet/export/web.py
 	@echo "Downloading wllama with npm (Chromium and its chromedriver have to be installed by you) ..."
