@@ -10,6 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,11 @@ CPU = torch.device("cpu")
 
 
 def gemlet(
-    config: ModelConfig, dtype: torch.dtype, compiled: bool, optimizer: str = "adamw", begin: int | None = None
+    config: ModelConfig,
+    dtype: torch.dtype,
+    compiled: bool,
+    optimizer: Literal["adamw", "muon"] = "adamw",
+    begin: int | None = None,
 ) -> Step:
     """`begin` is the token that begins a document; with it the documents of a row do not see each other."""
     model = init_weights(Gemma(config))

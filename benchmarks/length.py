@@ -1,0 +1,115 @@
+"""Time and memory of a training step against its length, beside transformers and litgpt: `python -m benchmarks.length`.
+
+One step is forward, backward, clipping and AdamW on one sequence, float32 throughout, nothing compiled, the shape and
+the tokens the same for all; gemlet once more with documents that do not see each other. Every measurement is a process
+of its own: a short step to warm up, the timed one, and the most memory that the process ever held. A peer is left out
+of the lengths at which its step would take longer than `--patience`, going by the length before. Results join those
+that the JSON file holds already; the plot is drawn from it.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.train import gemlet, litgpt, transformers
+from gemlet.config import ModelConfig, preset
+
+WAYS = {
+    "gemlet": gemlet,
+    "gemlet, separate documents": partial(gemlet, begin=0),
+    "transformers": transformers,
+    "litgpt": litgpt,
+}
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+WARM_UP = 128
+DOCUMENT = 200
+"""Tokens in a document; a story of TinyStories has about as many."""
+
+Results = dict[str, dict[str, dict[str, float]]]
+
+
+def measure(way: str, config: ModelConfig, length: int) -> dict[str, float]:
+    """Seconds of a step on one sequence, and the peak memory of this process in GiB."""
+    torch.manual_seed(0)
+    step = WAYS[way](config, torch.float32, False)
+    ids = torch.randint(1, config.vocab_size, (1, length + 1))
+    ids[:, ::DOCUMENT] = 0
+    step(ids[:, :WARM_UP], ids[:, 1 : WARM_UP + 1])
+    began = time.perf_counter()
+    step(ids[:, :-1], ids[:, 1:])
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+def plot(results: Results, file: Path, title: str) -> None:
+    """Time per token and peak memory against the length."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    time_per_token, memory = figure.subplots(1, 2)
+    for way, by_length in results.items():
+        lengths = sorted(map(int, by_length))
+        measured = [by_length[str(length)] for length in lengths]
+        style: dict[str, Any] = {"marker": "o", "label": way, "linestyle": "--" if "documents" in way else "-"}
+        time_per_token.plot(lengths, [m["seconds"] / n * 1e3 for m, n in zip(measured, lengths, strict=True)], **style)
+        memory.plot(lengths, [m["gib"] for m in measured], **style)
+    time_per_token.set_title("time per token (ms)")
+    memory.set_title("peak memory of the process (GiB)")
+    for axes in (time_per_token, memory):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(LENGTHS, [f"{n:,}" for n in LENGTHS])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("tokens in the sequence")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(title)
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="gemma3-270m-gpt2")
+    parser.add_argument("--layers", type=int, default=18)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--patience", type=float, default=90, help="seconds that a step of a peer may take")
+    parser.add_argument("--results", type=Path, default=Path("length.json"))
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--child", action="store_true", help="measure the first way and length here, as JSON")
+    args = parser.parse_args()
+    config = preset(args.preset).model.replace(num_hidden_layers=args.layers, layer_types=None)
+    if args.child:
+        print(json.dumps(measure(args.ways[0], config, args.lengths[0])))
+        return
+    results: Results = json.loads(args.results.read_text()) if args.results.exists() else {}
+    for length in args.lengths:
+        for way in args.ways:
+            done = {int(n): r["seconds"] for n, r in results.get(way, {}).items() if int(n) < length}
+            expected = done[max(done)] * (length / max(done)) ** 2 if done else 0
+            if way in ("transformers", "litgpt") and expected > args.patience:
+                print(f"{way:<28}{length:>7} tokens: left out, it might take {expected:.0f} s", flush=True)
+                continue
+            options = ["--preset", args.preset, "--layers", str(args.layers), "--ways", way, "--lengths", str(length)]
+            command = [sys.executable, "-m", "benchmarks.length", *options, "--child"]
+            run = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+            result = json.loads(run.stdout.splitlines()[-1])
+            results.setdefault(way, {})[str(length)] = result
+            args.results.write_text(json.dumps(results, indent=1))
+            rate = length / result["seconds"]
+            print(f"{way:<28}{length:>7} tokens: {rate:7.1f} tokens/s, {result['gib']:5.2f} GiB", flush=True)
+    if args.plot:
+        plot(results, args.plot, f"{args.preset}, {args.layers} layers: one training step on one sequence, float32")
+
+
+if __name__ == "__main__":
+    main()
