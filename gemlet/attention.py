@@ -14,6 +14,7 @@ The contract of every function here, `attention(q, k, v, *, window, scale, start
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -194,11 +195,9 @@ def _save(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.scale, ctx.block = inputs[4:]
 
 
-def _backward(ctx, grad: Tensor):
+@partial(_recomputed.register_autograd, setup_context=_save)
+def _(ctx, grad: Tensor):
     return *_recomputed_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.block), None, None, None
-
-
-_recomputed.register_autograd(_backward, setup_context=_save)
 
 
 def block_local(q: Tensor, k: Tensor, v: Tensor, *, window: int, scale: float, starts: Tensor | None = None) -> Tensor:

@@ -316,6 +316,8 @@ class TrainConfig(_Strict):
     """Optimizer updates of the whole run."""
     sequence_length: Annotated[int, Field(ge=2)] = 512
     """Tokens in a training sequence (T)."""
+    separate_documents: bool = False
+    """Whether a token sees its own document alone, instead of all that stands before it in the sequence."""
     batch_size: Positive = 32
     """Sequences in a step, over all micro-batches and ranks."""
     micro_batch_size: Positive | None = None

@@ -20,9 +20,10 @@ READ = 2**20
 class TokenStream:
     """A split of a folder of tokens, memory-mapped: all documents one after another, each closed by the end token."""
 
-    def __init__(self, shards: list[np.ndarray], eos_token_id: int):
+    def __init__(self, shards: list[np.ndarray], eos_token_id: int, bos_token_id: int | None = None):
         self.shards = shards
         self.eos_token_id = eos_token_id
+        self.begin_token_id = eos_token_id if bos_token_id is None else bos_token_id
         self.starts = np.cumsum([0, *(len(s) for s in shards)])
 
     @classmethod
@@ -30,7 +31,7 @@ class TokenStream:
         """Map a split ("train" or "validation") of a folder that `prepare` wrote; `load_meta` checks it first."""
         folder, meta = Path(folder), load_meta(folder)
         shards = [np.memmap(folder / s.file, dtype=meta.dtype, mode="r") for s in meta.splits[split].shards]
-        return cls(list(shards), meta.eos_token_id)
+        return cls(list(shards), meta.eos_token_id, meta.bos_token_id)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -78,6 +79,16 @@ def batch(stream: TokenStream, config: TrainConfig, step: int, rank: int = 0, wo
         rows.append(stream.slice(offset + int(order[index]) * T, T + 1))
     tokens = torch.from_numpy(np.stack(rows))
     return tokens[:, :-1], tokens[:, 1:]
+
+
+def document_starts(input_ids: Tensor, begin_token_id: int) -> Tensor:
+    """Where the document of every token begins in its row: [B, T] -> [B, T].
+
+    The token that begins a document is the first of it. Where that is the end token of the one before, it was
+    predicted from that one but sees nothing of it: as in generation and evaluation, a story begins with this token.
+    """
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return torch.where(input_ids == begin_token_id, positions, 0).cummax(-1).values
 
 
 @lru_cache(maxsize=2)

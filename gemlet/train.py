@@ -18,7 +18,7 @@ import torch
 
 from gemlet.checkpoint import Checkpoints, run_lock
 from gemlet.config import RunConfig
-from gemlet.data import TokenStream, batch
+from gemlet.data import TokenStream, batch, document_starts
 from gemlet.device import DTYPES, can_compile, pick_device, pick_precision
 from gemlet.errors import GemletError, TrainingError
 from gemlet.evaluate import Evaluation, eager, evaluate_tokens
@@ -109,7 +109,8 @@ def train_step(state: TrainState, stream: TokenStream, config: RunConfig) -> tup
     inputs, targets = (x.to(device, non_blocking=True) for x in batch(stream, c, state.step))
     loss = torch.zeros((), device=device)
     for x, y in zip(inputs.split(c.micro_batch), targets.split(c.micro_batch), strict=True):
-        part = linear_cross_entropy(model.model(x), model.head_weight, y) / targets.numel()
+        starts = document_starts(x, stream.begin_token_id) if c.separate_documents else None
+        part = linear_cross_entropy(model.model(x, starts=starts), model.head_weight, y) / targets.numel()
         scaler.scale(part).backward()
         loss += part.detach()
     for optimizer in state.optimizers:

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from gemlet.config import DataConfig, TrainConfig
-from gemlet.data import TokenStream, batch
+from gemlet.data import TokenStream, batch, document_starts
 from gemlet.errors import GemletError
 from gemlet.prepare import prepare
 
@@ -58,6 +58,13 @@ def test_documents_come_back_without_their_end_tokens(monkeypatch):
     tokens = np.array([3, 4, 0, 5, 0, 6, 7, 8, 9, 1, 2, 0, 0], np.uint16)
     found = list(TokenStream([tokens[:6], tokens[6:]], 0).documents())
     assert found == [[3, 4], [5], [6, 7, 8, 9, 1, 2], []]
+
+
+def test_a_document_starts_at_the_token_that_begins_it():
+    ids = torch.tensor([[5, 5, 0, 5, 5, 0, 0, 5], [0, 5, 5, 5, 5, 5, 5, 0]])
+    assert document_starts(ids, 0).tolist() == [[0, 0, 2, 2, 2, 5, 6, 6], [0, 0, 0, 0, 0, 0, 0, 7]]
+    assert TokenStream([], 0).begin_token_id == 0  # the end token before a document serves
+    assert TokenStream([], 1, 2).begin_token_id == 2  # where there is no other (Gemma's)
 
 
 def test_a_prepared_folder_opens_and_a_short_one_is_refused(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gemlet.config import ModelConfig, layer_pattern
+from gemlet.loss import linear_cross_entropy
 from gemlet.model import POST_NORM_GAIN, Gemma, RMSNorm, init_weights, rope, rotate
 from gemlet.testing import tiny_config, tiny_model
 
@@ -149,6 +150,34 @@ def test_computing_in_bfloat16_keeps_weights_and_logits_in_float32():
     model.compute_in(None)
     with torch.no_grad():
         assert torch.equal(model(IDS), exact)
+
+
+@pytest.mark.parametrize("unrolled", [0, 2**20])
+@pytest.mark.parametrize("window", [2, 8, 100])
+def test_packed_documents_are_separate_passes(monkeypatch, unrolled, window):
+    """Logits, loss and every gradient of a row of documents are those of each alone, whatever the window.
+
+    RoPE goes on counting in the row and begins anew in the documents alone, which is the same up to rounding.
+    """
+    monkeypatch.setattr("gemlet.attention.UNROLLED", unrolled)
+    lengths = (5, 1, 12, 3, 9)
+    ids, targets = IDS[:1], IDS[:1].roll(-1)
+    begins = torch.tensor([sum(lengths[:n]) for n in range(len(lengths))])
+    starts = begins.repeat_interleave(torch.tensor(lengths))[None]
+    packed, apart = tiny_model(0, sliding_window=window), tiny_model(0, sliding_window=window)
+    logits = packed(ids, starts=starts)
+    alone = torch.cat([apart(piece) for piece in ids.split(lengths, 1)], 1)
+    torch.testing.assert_close(logits, alone, atol=2e-5, rtol=1e-5)
+    loss = linear_cross_entropy(packed.model(ids, starts=starts), packed.head_weight, targets)
+    pieces = zip(ids.split(lengths, 1), targets.split(lengths, 1), strict=True)
+    expected = torch.stack([linear_cross_entropy(apart.model(i), apart.head_weight, t) for i, t in pieces]).sum()
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    for (name, a), b in zip(packed.named_parameters(), apart.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None
+        assert (a.grad - b.grad).norm() < 1e-4 * b.grad.norm(), name
+    assert (packed(ids) - alone).abs().max() > 1e-2  # without starts it is another thing
 
 
 def test_other_patterns_of_layers():

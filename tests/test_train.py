@@ -127,6 +127,23 @@ def test_a_step_is_what_plain_torch_does(tokens):
         assert (a - b).abs().max() < 3e-4, name  # Adam divides by gradients: tiny ones differ by rounding
 
 
+def test_separate_documents_are_trained_as_if_alone(tokens):
+    """The loss of a step is that of the pieces of its rows, each in a forward pass of its own."""
+    c, state, stream = start(tokens, separate_documents=True, sequence_length=128, micro_batch_size=2)
+    _, twin, _ = start(tokens)
+    inputs, targets = batch(stream, c.train, 0)
+    total, documents = 0.0, 0
+    for row, wanted in zip(inputs, targets, strict=True):
+        cuts = [t for t in range(1, len(row)) if row[t] == stream.eos_token_id]
+        lengths = [b - a for a, b in zip([0, *cuts], [*cuts, len(row)], strict=True)]
+        documents += len(lengths)
+        for piece, goal in zip(row.split(lengths), wanted.split(lengths), strict=True):
+            total += F.cross_entropy(twin.model(piece[None])[0], goal, reduction="sum").item()
+    assert documents > len(inputs)
+    loss, _ = train_step(state, stream, c)
+    assert loss == pytest.approx(total / targets.numel(), rel=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_keeps_float32_weights_and_nearly_the_same_loss(tokens, precision):
     full_config, full, stream = start(tokens)
