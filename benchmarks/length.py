@@ -52,7 +52,6 @@ def measure(way: str, config: ModelConfig, length: int) -> dict[str, float]:
 def plot(results: Results, file: Path, title: str) -> None:
     """Time per token and peak memory against the length."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     time_per_token, memory = figure.subplots(1, 2)
@@ -65,9 +64,8 @@ def plot(results: Results, file: Path, title: str) -> None:
     time_per_token.set_title("time per token (ms)")
     memory.set_title("peak memory of the process (GiB)")
     for axes in (time_per_token, memory):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(LENGTHS, [f"{n:,}" for n in LENGTHS])
-        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(LENGTHS[2:], [f"{n:,}" for n in LENGTHS[2:]])
+        axes.set_xlim(left=0)
         axes.set_xlabel("tokens in the sequence")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
@@ -80,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="gemma3-270m-gpt2")
     parser.add_argument("--layers", type=int, default=18)
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS, help="none: only draw the plot")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--patience", type=float, default=90, help="seconds that a step of a peer may take")
     parser.add_argument("--results", type=Path, default=Path("length.json"))
