@@ -11,7 +11,7 @@ ARGS :=
 
 .DEFAULT_GOAL := help
 
-.PHONY: help quickstart test check interop gpu format docs build wheel-test clean
+.PHONY: help quickstart test check interop bench gpu format docs build wheel-test clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 @\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -40,6 +40,22 @@ RUNTIMES := transformers-4 llama.cpp mlx browser
 
 interop: $(VENV)/installed-dev $(RUNTIMES:%=.envs/%/installed) ## install other runtimes and hold models against them
 	OMP_NUM_THREADS=1 GEMLET_WLLAMA=.envs/browser $(PY) -m pytest -rs tests/interop $(ARGS)
+
+# Peers pin other versions than we do, so gemlet is installed beside them once more.
+bench: .envs/peers/installed ## this machine's CPU: training, decoding, lengths, losses, many texts, beside others
+	.envs/peers/bin/python -m benchmarks.train --preset tales --batch-size 8 --length 256 --rounds 15
+	.envs/peers/bin/python -m benchmarks.train
+	.envs/peers/bin/python -m benchmarks.decode --tokenizer gpt2 --peers .envs/peers/bin/python decode prefill
+	.envs/peers/bin/python -m benchmarks.decode --tokenizer gpt2 context memory startup
+	.envs/peers/bin/python -m benchmarks.length
+	.envs/peers/bin/python -m benchmarks.loss --rounds 3
+	.envs/peers/bin/python -m benchmarks.engine
+
+.envs/peers/installed: $(VENV)/installed benchmarks/peers.txt
+	@echo "Installing the peers into .envs/peers; llama-cpp-python is compiled on the spot ..."
+	@$(PY) -m venv --clear .envs/peers
+	@.envs/peers/bin/python -m pip --disable-pip-version-check install -q -r benchmarks/peers.txt -e .
+	@touch $@
 
 # make gpu ARGS="--data stories.txt"; --device cpu --tiny as ARGS is a dry run of the second half.
 gpu: $(VENV)/installed-dev ## with an NVIDIA GPU: the tests of tests/gpu, then all its benchmarks, as JSON
