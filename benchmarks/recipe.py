@@ -1,7 +1,8 @@
 """Which recipe learns most from the same tokens: `python -m benchmarks.recipe --data TEXT --valid TEXT --out FOLDER`.
 
 One model (`shape`), the same data, and for every seed the same initial weights and order of the data. `seed` is the
-recipe that this project set out from, `ours` that of the presets; every other name is `ours` with one lever moved.
+recipe that this project set out from; `ours` is Muon in small batches (the presets differ); every other name is `ours`
+with one lever moved.
 A run becomes a line of FOLDER/runs.jsonl and is not run again; table and plot are drawn from all lines.
 
 Losses are nats per token of whole held-out documents (`gemlet.evaluate`): the curve on the first CURVE_DOCUMENTS of
@@ -111,6 +112,7 @@ RECIPES = {
     "ours": OURS,
     # AdamW at a rate that rises by mistake, large batches, bfloat16 weights, decay of everything. 1e-4 is reached after
     # 0.7 % of the tokens, and the rise fills whatever number of tokens there is, which is the kindest reading.
+    # Clipping, epsilon and the shape of the rise are assumed: what is at hand of that recipe does not give them.
     "seed": Recipe(
         {"optimizer": "adamw", "lr": 5e-4, "batch_size": 512, "weight_decay": 0.1, "grad_clip": 0.5, "adam_eps": 1e-9},
         tokens=2.5,
