@@ -84,7 +84,7 @@ class Theirs:
     def __init__(self, model: Gemma):
         from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-        self.model = Gemma3ForCausalLM(Gemma3TextConfig(**model.config.to_hf())).eval()
+        self.model: Any = Gemma3ForCausalLM(Gemma3TextConfig(**model.config.to_hf())).eval()
         self.model.load_state_dict(model.state_dict(), strict=False)  # a tied head is not among ours
         self.model.generation_config.eos_token_id = None
 

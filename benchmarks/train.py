@@ -71,14 +71,14 @@ def peer(model: nn.Module, logits: Callable[[Tensor], Tensor], dtype: torch.dtyp
 def transformers(config: ModelConfig, dtype: torch.dtype, compiled: bool, attention: str = "sdpa") -> Step:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    model = Gemma3ForCausalLM(Gemma3TextConfig(**config.to_hf(), attn_implementation=attention)).train()
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**config.to_hf() | {"attn_implementation": attention})).train()
     forward = torch.compile(model, dynamic=False) if compiled else model
     return peer(model, lambda x: forward(input_ids=x, use_cache=False).logits, dtype)
 
 
 def litgpt(config: ModelConfig, dtype: torch.dtype, compiled: bool) -> Step:
-    from litgpt.config import Config
-    from litgpt.model import GPT
+    from litgpt.config import Config  # pyright: ignore[reportMissingImports]
+    from litgpt.model import GPT  # pyright: ignore[reportMissingImports]
 
     c, every = config, [int(kind == "sliding_attention") for kind in config.layers]
     model = GPT(

@@ -515,7 +515,7 @@ def test_a_defect_ends_those_it_strikes_and_the_engine_goes_on(where):
 
 def test_a_defect_of_the_engine_itself_is_raised_where_texts_are_read():
     decoder = Script(slots=2)
-    decoder.copy = lambda *args: 1 / 0
+    setattr(decoder, "copy", lambda *args: 1 / 0)  # noqa: B010
     with pytest.raises(ZeroDivisionError):
         at_once(decoder, [(PROMPTS[2], params())] * 2)
 
