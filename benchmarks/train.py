@@ -10,7 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +71,8 @@ def peer(model: nn.Module, logits: Callable[[Tensor], Tensor], dtype: torch.dtyp
 def transformers(config: ModelConfig, dtype: torch.dtype, compiled: bool, attention: str = "sdpa") -> Step:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    model = Gemma3ForCausalLM(Gemma3TextConfig(**config.to_hf() | {"attn_implementation": attention})).train()
+    shape: dict[str, Any] = {**config.to_hf(), "attn_implementation": attention}
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**shape)).train()
     forward = torch.compile(model, dynamic=False) if compiled else model
     return peer(model, lambda x: forward(input_ids=x, use_cache=False).logits, dtype)
 
