@@ -47,7 +47,7 @@ def gemlet(dtype: str, folder: Path, threads: int) -> Callable[[str, int], float
     from gemlet.decoder import Ready
 
     torch.set_num_threads(threads)
-    ready = Ready(map_model(folder / "bf16" if dtype != "fp32" else folder / "fp32"), dtype)
+    ready = Ready(map_model(folder / ("fp32" if dtype == "fp32" else "bf16")), dtype, wait=True)
 
     def run(task: str, size: int) -> float:
         prompt = ids(size)
@@ -164,8 +164,7 @@ class Child:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
-        self.name, self.times = name, []
-        self._line()
+        self.name, self.ready = name, False
 
     def _line(self) -> str:
         assert self.process.stdout is not None
@@ -176,10 +175,11 @@ class Child:
 
     def run(self, task: str, size: int) -> float:
         assert self.process.stdin is not None
+        if not self.ready:
+            self.ready = bool(self._line())
         self.process.stdin.write(f"{task} {size}\n")
         self.process.stdin.flush()
-        self.times.append(float(self._line()))
-        return self.times[-1]
+        return float(self._line())
 
     def end(self) -> None:
         self.process.kill()
@@ -189,28 +189,29 @@ class Child:
 # ---- the questions
 
 
-def rates(task: str, size: int, tokens: int, arguments: argparse.Namespace, folder: Path) -> None:
+def rates(tasks: list[str], arguments: argparse.Namespace, folder: Path) -> None:
     """Tokens a second of everyone, and the share of the bandwidth that reading the weights takes."""
-    names = [n for n in (*OURS, *PEERS) if not n.startswith(("llama", "transformers")) or arguments.peers]
-    if task == "prefill":
-        names.remove("transformers bf16") if "transformers bf16" in names else None
-    if arguments.only:
-        names = [n for n in names if n in arguments.only]
+    names = [name for name in (*OURS, *PEERS) if name in OURS or arguments.peers]
+    names = [name for name in names if not arguments.only or name in arguments.only]
     children = [Child(name, folder, arguments) for name in ("bandwidth", *names)]
-    for round in range(arguments.rounds + 1):
-        for engine in children:
-            if round == 0 or not (engine.name == "transformers bf16" and round > 2):
-                engine.run(task, size)
-    floor = statistics.median(children[0].times)
-    print(f"bandwidth: {1e-9 / floor:.1f} GB/s")
+    memory, *engines = children
     bytes_of = sizes(folder)
-    for engine in children[1:]:
-        times = engine.times[1:]  # the first round warms up
-        middle, least, most = tokens / statistics.median(times), tokens / max(times), tokens / min(times)
-        share = f", {bytes_of[engine.name] * floor * middle:.2f} of the bandwidth" if task == "decode" else ""
-        print(f"{task} {size}: {engine.name}: {middle:.1f} tokens/s ({least:.1f} to {most:.1f}){share}", flush=True)
-    for engine in children:
-        engine.end()
+    for task in tasks:
+        size, tokens = (PROMPT, 1) if task == "decode" else (PREFILL, PREFILL)
+        times: dict[Child, list[float]] = {child: [] for child in children}
+        for _ in range(arguments.rounds + 1):
+            for child in children:
+                times[child].append(child.run(task, size))
+        times = {child: measured[1:] for child, measured in times.items()}  # the first one warms up
+        floor = statistics.median(times[memory])
+        print(f"{task} {size}: the machine reads {1e-9 / floor:.1f} GB/s", flush=True)
+        for engine in engines:
+            middle = tokens / statistics.median(times[engine])
+            least, most = tokens / max(times[engine]), tokens / min(times[engine])
+            share = f", {bytes_of[engine.name] * floor * middle:.2f} of the bandwidth" if task == "decode" else ""
+            print(f"  {engine.name:18}{middle:8.1f} tokens/s ({least:.1f} to {most:.1f}){share}", flush=True)
+    for child in children:
+        child.end()
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -310,11 +311,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = arguments.folder or Path(place)
         prepare(folder, arguments.tokenizer, bool(arguments.peers), arguments.preset)
+        tasks = [question for question in arguments.questions if question in ("decode", "prefill")]
+        if tasks:
+            rates(tasks, arguments, folder)
         for question in arguments.questions:
-            if question in ("decode", "prefill"):
-                size, tokens = (PROMPT, 1) if question == "decode" else (PREFILL, PREFILL)
-                rates(question, size, tokens, arguments, folder)
-            else:
+            if question not in tasks:
                 {"context": context, "memory": memory, "startup": startup}[question](arguments, folder)
 
 

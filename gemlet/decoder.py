@@ -323,12 +323,20 @@ def format_of(model: Gemma, weights: str) -> str:
 
 def _computing(model: Gemma, format: str) -> Gemma:
     """The model with the values that a format keeps, in memory that is shared where it can be; in float32 on a CPU."""
+    on_cpu, own = model.device.type == "cpu", format_of(model, "auto")
+    state, config = model.state_dict(), model.config
+    if format == "bf16" and on_cpu:
+        # products of float32 are many times as fast here; the embedding rounds as that of a model in bf16 does
+        embedding = model.model.embed_tokens.weight.bfloat16()
+        state = _unpacked({"lm_head.weight": model.head_weight, **state}, format)
+        state["model.embed_tokens.weight"] = embedding
+        config = config.replace(tie_word_embeddings=False)
+    elif format != own:
+        state = _unpacked(state, format)
     with torch.device("meta"):
-        other = Gemma(model.config)
-    own = format_of(model, "auto")
-    state = model.state_dict() if format == own else _unpacked(model.state_dict(), format)
+        other = Gemma(config)
     other.load_state_dict(state, assign=True)
-    other.compute_in(torch.float32 if model.device.type == "cpu" else None)
+    other.compute_in(torch.float32 if on_cpu else model.model.compute_dtype)
     return other
 
 
@@ -352,23 +360,34 @@ def _cache_dtype(format: str) -> torch.dtype:
 class Ready:
     """A model whose weights are kept in a format, for any number of decoders; they must not change meanwhile.
 
-    `weights` is auto (as the model has them, shared, not copied), or one of `quantise.FORMATS`.
+    `weights` is auto (as the model has them, shared, not copied), or one of `quantise.FORMATS`. Unless told to `wait`,
+    it does not wait for the kernel to be compiled, which happens once on a machine and takes some seconds: the
+    decoders are in plain torch until then.
     """
 
-    def __init__(self, model: Gemma, weights: str = "auto"):
+    def __init__(self, model: Gemma, weights: str = "auto", wait: bool = False):
         self.model, self.config = model, model.config
         self.format = format_of(model, weights)
-        kernel = library("decode") if model.device.type == "cpu" else None
-        self._weights = _computing(model, self.format) if kernel is None else NativeWeights(kernel, model, self.format)
+        self._wait = wait
+        self._weights: NativeWeights | Gemma | None = None
 
     def decoder(self, slots: int, max_length: int) -> Decoder:
-        """The fastest there is here; `max_length` is at most the model's context."""
-        if isinstance(self._weights, NativeWeights):
+        """The fastest there is here now; `max_length` is at most the model's context."""
+        kernel = library("decode", self._wait) if self.model.device.type == "cpu" else None
+        if kernel is not None:
+            if not isinstance(self._weights, NativeWeights):
+                self._weights = NativeWeights(kernel, self.model, self.format)
             return NativeDecoder(self._weights, slots, max_length)
+        if not isinstance(self._weights, Gemma):
+            self._weights = _computing(self.model, self.format)
         kind = TorchDecoder if self.model.device.type == "cpu" else BatchDecoder
         return kind(self._weights, slots, max_length, _cache_dtype(self.format))
+
+    def outruns(self, decoder: Decoder) -> bool:
+        """Whether `decoder` would now be made as a faster one."""
+        return type(decoder) is TorchDecoder and library("decode", wait=False) is not None
 
 
 def decoder(model: Gemma, slots: int, max_length: int, weights: str = "auto") -> Decoder:
     """One decoder for a model: see `Ready`, which makes several of the same weights."""
-    return Ready(model, weights).decoder(slots, max_length)
+    return Ready(model, weights, wait=True).decoder(slots, max_length)

@@ -178,11 +178,12 @@ def _generate(
         decoder.copy(0, i, len(prompt))
     seen = torch.zeros_like(rows[0], dtype=torch.bool)
     seen[:, prompt] = True
+    penalty = params.repetition_penalty != 1
     lookup, guessed = Lookup(decoder.guesses), []
     while True:
         for row, guess in zip(rows, [*guessed, None], strict=True):
             _check_finite(ready.model, row, [texts[i] for i in running])
-            tokens = sample(row, params, [generators[i] for i in running], seen[running]).tolist()
+            tokens = sample(row, params, [generators[i] for i in running], seen[running] if penalty else None).tolist()
             going = []
             for i, token in zip(running, tokens, strict=True):
                 if token in ready.config.stop_ids:
@@ -198,6 +199,11 @@ def _generate(
             if tokens[0] != guess:  # the rows behind a wrong guess are of no use
                 break
         text = texts[running[0]]
+        if ready.outruns(decoder):
+            decoder = ready.decoder(len(texts), len(prompt) + limit)
+            lookup = Lookup(decoder.guesses)
+            for i in running:
+                decoder.prefill(i, texts[i][:-1])
         guessed = lookup.guess(text)[: len(prompt) + limit - len(text) - 1] if len(texts) == 1 else []
         last = len(text) - 1
         if guessed:
@@ -238,7 +244,9 @@ class Lookup:
         self._chances += at is not None
         guessed = at is not None and (self._pays() or self._chances % 16 == 0)
         self._asked = (len(text), now, guessed)
-        return list(text[at : at + self.most]) if at is not None and guessed else []
+        if at is None or not guessed:
+            return []
+        return [text[at + i % (len(text) - at)] for i in range(self.most)]  # what goes round, goes on
 
     def _learn(self, length: int, now: float) -> None:
         before, since, guessed = self._asked

@@ -274,6 +274,9 @@ class Generate:
         """Stream the samples."""
         if self.num_samples < 1:
             raise GemletError(f"--num-samples is {self.num_samples}, but must be at least 1")
+        from gemlet.kernels.build import library
+
+        library("decode", wait=False)  # the first time, the compiler works while torch is loaded
         from gemlet.lm import load
 
         lm = load(self.model, device=self.device, dtype=self.weights)
@@ -570,7 +573,7 @@ def _tell(prompt: str, pieces: Iterable[str]) -> str:
     try:
         for piece in itertools.chain([prompt], pieces):
             told += piece
-            *whole, held = re.split(r"(?<=\s)", held + piece)
+            *whole, held = re.split(r"(?<=\s)", held + piece) if width < sys.maxsize else [piece, ""]
             show(whole)
     finally:  # Ctrl-C ends a text, too
         show([held, "\n"])

@@ -194,7 +194,7 @@ def test_weights_in_their_own_dtype_are_not_copied(dtype):
 
 
 def test_without_a_compiler_torch_answers(monkeypatch):
-    monkeypatch.setattr("gemlet.decoder.library", lambda name: None)
+    monkeypatch.setattr("gemlet.decoder.library", lambda name, wait: None)
     for format in ("auto", *FORMATS):
         decoder = Ready(MODEL, format).decoder(1, LENGTH)
         assert isinstance(decoder, TorchDecoder)

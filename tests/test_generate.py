@@ -6,9 +6,12 @@ from itertools import islice
 import pytest
 import torch
 
+import gemlet.decoder
 import gemlet.generate
+from gemlet.decoder import TorchDecoder
 from gemlet.errors import GemletError
 from gemlet.generate import (
+    Lookup,
     SamplingParams,
     generate,
     generate_samples,
@@ -332,3 +335,64 @@ def test_damage_in_one_sample_only():
     assert [next(pairs)[1] for _ in range(3)] == first
     with pytest.raises(GemletError, match=r"come out of .*after 6 tokens"):
         next(pairs)
+
+
+# ---- guessing ahead
+
+
+def steps_of(monkeypatch, guesses):
+    """Make decoders guess so many tokens at a time; the rows of every step taken from now on."""
+    rows, step = [], TorchDecoder.step
+
+    def counted(self, tokens, *arguments):
+        rows.append(len(tokens))
+        return step(self, tokens, *arguments)
+
+    monkeypatch.setattr(gemlet.decoder, "library", lambda name, wait: None)
+    monkeypatch.setattr(TorchDecoder, "guesses", guesses)
+    monkeypatch.setattr(TorchDecoder, "step", counted)
+    return rows
+
+
+@pytest.mark.parametrize("temperature", [0, 0.05, 0.3, 1.0])
+def test_guessing_changes_no_text(monkeypatch, temperature):
+    penalty = 1.1 if temperature else 1.0  # without one, a random model soon goes round in circles
+    how = [params(temperature=temperature, seed=seed, repetition_penalty=penalty) for seed in range(4)]
+    steps_of(monkeypatch, 0)
+    plain = [list(generate(NO_END, PROMPT * 3, each)) for each in how]
+    monkeypatch.setattr(Lookup, "_pays", lambda self: True)
+    rows = steps_of(monkeypatch, 3)
+    assert [list(generate(NO_END, PROMPT * 3, each)) for each in how] == plain
+    assert max(rows) == 4 or temperature
+
+
+def test_a_text_that_repeats_itself_takes_fewer_steps(monkeypatch):
+    model = tiny_model(5, eos_token_id=None)
+    monkeypatch.setattr(Lookup, "_pays", lambda self: True)
+    monkeypatch.setattr(gemlet.generate, "sample", lambda row, *_: torch.tensor([7]))
+    rows = steps_of(monkeypatch, 3)
+    assert list(generate(model, PROMPT, params())) == [7] * LONG
+    assert rows == [1] * 3 + [4] * 14
+
+
+def test_guesses_are_what_followed_before():
+    lookup = Lookup(3)
+    assert lookup.guess([1, 2, 3, 4, 5], now=1.0) == []
+    assert lookup.guess([1, 2, 3, 4, 5, 1, 2, 3], now=2.0) == [4, 5, 1]
+    assert Lookup(2).guess([9, 9, 9, 9]) == [9, 9]
+    assert Lookup(0).guess([9, 9, 9, 9, 9]) == []
+
+
+def test_guessing_is_left_off_while_it_does_not_pay_and_tried_again():
+    """Steps of a second; with a guess they take 1.4, and at first no guess is right."""
+    lookup, text, now, guessed = Lookup(3), [1, 2, 3], 0.0, []
+    for _ in range(200):
+        guessed.append(bool(lookup.guess(text, now=now)))
+        text.append((1, 2, 3)[len(text) % 3])
+        now += 1.4 if guessed[-1] else 1
+    assert 5 < sum(guessed[20:]) < 15
+    for _ in range(200):  # now they are
+        guessed.append(bool(lookup.guess(text, now=now)))
+        text += [(1, 2, 3)[(len(text) + i) % 3] for i in range(4 if guessed[-1] else 1)]
+        now += 1.4 if guessed[-1] else 1
+    assert sum(guessed[-50:]) == 50

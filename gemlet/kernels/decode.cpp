@@ -17,6 +17,7 @@
 #include <cstring>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 // ---- what Python fills in
@@ -61,6 +62,16 @@ typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
+// f(0), ..., f(N - 1), written out, so that what they index stays in registers.
+#define INLINE __attribute__((always_inline))
+template <int N, class F>
+INLINE inline void each(F f) {
+    if constexpr (N > 0) {
+        each<N - 1>(f);
+        f(std::integral_constant<int, N - 1>());
+    }
+}
+
 template <class Vector>
 inline Vector load(const void* from) {
     Vector v;
@@ -78,6 +89,34 @@ inline To as(From from) {  // the same bits
     To to;
     std::memcpy(&to, &from, sizeof to);
     return to;
+}
+
+// Whole numbers, widened. GCC before 14 makes two halves and more of __builtin_convertvector here.
+inline Ints widen(Halves v) {
+#if defined(__GNUC__) && !defined(__clang__) && defined(__AVX512F__)
+    typedef int16_t Shorts __attribute__((vector_size(32)));
+    return __builtin_ia32_pmovzxwd512_mask(as<Shorts>(v), Ints{}, -1);
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__AVX2__)
+    typedef int16_t Shorts __attribute__((vector_size(16)));
+    return __builtin_ia32_pmovzxwd256(as<Shorts>(v));
+#else
+    return __builtin_convertvector(v, Ints);
+#endif
+}
+
+inline Ints widen(Bytes v) {
+#if defined(__GNUC__) && !defined(__clang__) && defined(__AVX2__)
+    typedef char Chars __attribute__((vector_size(16)));
+    Chars whole = {};
+    std::memcpy(&whole, &v, sizeof v);
+#if defined(__AVX512F__)
+    return __builtin_ia32_pmovsxbd512_mask(whole, Ints{}, -1);
+#else
+    return __builtin_ia32_pmovsxbd256(whole);
+#endif
+#else
+    return __builtin_convertvector(v, Ints);
+#endif
 }
 
 // a * b + c, rounded once. The compiler must not choose (-ffp-contract=off), or rows would differ with what is beside
@@ -134,6 +173,8 @@ inline Floats exponential(Floats x) {
 
 struct Fp32 {
     static constexpr int STEP = LANES;  // columns at a time
+    static constexpr bool GROUPED = false;  // whether their sum is scaled
+    static float scale(const char*, int) { return 1; }
     static size_t bytes(int columns) { return size_t(columns) * 4; }
     static void read(const char* row, int k, Floats* w) { w[0] = load<Floats>(row + size_t(k) * 4); }
     static float one(const char* row, int k) { return load<float>(row + size_t(k) * 4); }
@@ -142,9 +183,11 @@ struct Fp32 {
 
 struct Bf16 {
     static constexpr int STEP = LANES;
+    static constexpr bool GROUPED = false;
+    static float scale(const char*, int) { return 1; }
     static size_t bytes(int columns) { return size_t(columns) * 2; }
     static void read(const char* row, int k, Floats* w) {
-        w[0] = as<Floats>(__builtin_convertvector(load<Halves>(row + size_t(k) * 2), Ints) << 16);
+        w[0] = as<Floats>(widen(load<Halves>(row + size_t(k) * 2)) << 16);
     }
     static float one(const char* row, int k) {
         return as<float>(uint32_t(load<uint16_t>(row + size_t(k) * 2)) << 16);
@@ -161,29 +204,31 @@ struct Bf16 {
 
 struct Int8 {  // times the row's scale
     static constexpr int STEP = LANES;
+    static constexpr bool GROUPED = false;
+    static float scale(const char*, int) { return 1; }
     static size_t bytes(int columns) { return columns; }
     static void read(const char* row, int k, Floats* w) {
-        w[0] = __builtin_convertvector(__builtin_convertvector(load<Bytes>(row + k), Ints), Floats);
+        w[0] = __builtin_convertvector(widen(load<Bytes>(row + k)), Floats);
     }
     static float one(const char* row, int k) { return int8_t(row[k]); }
 };
 
 struct Int4 {  // groups of 32 columns: a scale in bf16, then 16 bytes; byte i holds 8 + column i and, above, 8 + column i + 16
     static constexpr int STEP = 32;
+    static constexpr bool GROUPED = true;
     static size_t bytes(int columns) { return size_t(columns) / 32 * 18; }
-    static void read(const char* row, int k, Floats* w) {
-        const char* group = row + size_t(k) / 32 * 18;
-        float scale = Bf16::one(group, 0);
-        for (int i = 0; i < 16 / LANES; i++) {
-            Ints pair = __builtin_convertvector(load<Bytes>(group + 2 + i * LANES), Ints);
-            w[i] = __builtin_convertvector((pair & 15) - 8, Floats) * scale;
-            w[i + 16 / LANES] = __builtin_convertvector((pair >> 4 & 15) - 8, Floats) * scale;
-        }
+    static void read(const char* row, int k, Floats* w) {  // 8 more than the columns, before they are scaled
+        const char* group = row + size_t(k) / 32 * 18 + 2;
+        each<16 / LANES>([&](auto i) INLINE {
+            Ints pair = widen(load<Bytes>(group + i * LANES)) & 255;
+            w[i] = __builtin_convertvector(pair & 15, Floats);
+            w[i + 16 / LANES] = __builtin_convertvector(pair >> 4, Floats);
+        });
     }
+    static float scale(const char* row, int k) { return Bf16::one(row + size_t(k) / 32 * 18, 0); }
     static float one(const char* row, int k) {
-        const char* group = row + size_t(k) / 32 * 18;
-        int pair = uint8_t(group[2 + k % 16]);
-        return float((k % 32 < 16 ? pair & 15 : pair >> 4) - 8) * Bf16::one(group, 0);
+        const int pair = uint8_t(row[size_t(k) / 32 * 18 + 2 + k % 16]);
+        return float((k % 32 < 16 ? pair & 15 : pair >> 4) - 8) * scale(row, k);
     }
 };
 
@@ -218,12 +263,22 @@ __attribute__((noinline)) void tile(const char* weights, int columns, const floa
     Floats sums[R][N] = {};
     for (int j = 0; j < N; j++) row[j] = weights + (n + j) * bytes;
     for (int k = 0; k < whole; k += W::STEP) {
-        for (int j = 0; j < N; j++) {
+        Floats lifted[R] = {};  // what the 8 that Int4 adds to every column add to a group's sum
+        if constexpr (W::GROUPED)
+            each<R>([&](auto r) INLINE {
+                each<UNIT>([&](auto u) INLINE { lifted[r] -= load<Floats>(x[r] + k + u * LANES); });
+                lifted[r] *= 8;
+            });
+        each<N>([&](auto j) INLINE {
             Floats w[UNIT];
             W::read(row[j], k, w);
-            for (int u = 0; u < UNIT; u++)
-                for (int r = 0; r < R; r++) sums[r][j] = fma(w[u], load<Floats>(x[r] + k + u * LANES), sums[r][j]);
-        }
+            each<R>([&](auto r) INLINE {
+                Floats total = W::GROUPED ? lifted[r] : sums[r][j];
+                each<UNIT>([&](auto u) INLINE { total = fma(w[u], load<Floats>(x[r] + k + u * LANES), total); });
+                if constexpr (W::GROUPED) sums[r][j] = fma(splat(W::scale(row[j], k)), total, sums[r][j]);
+                else sums[r][j] = total;
+            });
+        });
     }
     for (int r = 0; r < R; r++)
         for (int j = 0; j < N; j++) {
@@ -255,7 +310,11 @@ void multiply(const Matrix& m, int begin, int end, int rows, const float* const*
     with(m.format, [&](auto format) {
         using W = decltype(format);
         const char* weights = static_cast<const char*>(m.values);
-        if (rows <= 4) return few<W>(weights, m.columns, m.scales, begin, end, rows, x, out);
+        if (rows <= 4 || W::GROUPED) {
+            for (int r = 0; r < rows; r += 4)
+                few<W>(weights, m.columns, m.scales, begin, end, std::min(4, rows - r), x + r, out + r);
+            return;
+        }
         thread_local std::vector<float> unpacked;  // stays in a core's cache while the activations pass
         const int K = m.columns, whole = K / W::STEP * W::STEP;
         unpacked.resize(size_t(TILE) * K);
@@ -320,17 +379,15 @@ inline void weigh(const char* values, int count, int H, const float* weights, fl
     const size_t bytes = C::bytes(H);
     int h = 0;
     for (; h + 2 * LANES <= H; h += 2 * LANES) {
-        Floats total[G][2] = {};
-        for (int g = 0; g < G; g++)
-            for (int u = 0; u < 2; u++) total[g][u] = load<Floats>(sums + g * H + h + u * LANES);
+        Floats total[2][G];
+        each<2>([&](auto u) INLINE { each<G>([&](auto g) INLINE { total[u][g] = load<Floats>(sums + g * H + h + u * LANES); }); });
         for (int j = 0; j < count; j++)
-            for (int u = 0; u < 2; u++) {
+            each<2>([&](auto u) INLINE {
                 Floats v;
                 C::read(values + j * bytes, h + u * LANES, &v);
-                for (int g = 0; g < G; g++) total[g][u] = fma(splat(weights[g * CHUNK + j]), v, total[g][u]);
-            }
-        for (int g = 0; g < G; g++)
-            for (int u = 0; u < 2; u++) store(sums + g * H + h + u * LANES, total[g][u]);
+                each<G>([&](auto g) INLINE { total[u][g] = fma(splat(weights[g * CHUNK + j]), v, total[u][g]); });
+            });
+        each<2>([&](auto u) INLINE { each<G>([&](auto g) INLINE { store(sums + g * H + h + u * LANES, total[u][g]); }); });
     }
     for (; h < H; h++)
         for (int g = 0; g < G; g++)

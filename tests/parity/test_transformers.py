@@ -122,6 +122,17 @@ def test_64_greedy_tokens(pair, penalty):
     assert len(expected) == 64 and (penalty == 1 or len(set(expected)) > 30)
 
 
+def test_512_greedy_tokens_beyond_many_windows():
+    """On the way that text is written; the penalty keeps a random model from repeating itself."""
+    ours = tiny_model(3, max_position_embeddings=600, eos_token_id=None)
+    prompt = ids(ours)[:1, :7]
+    greedy = {"do_sample": False, "repetition_penalty": 1.5, "min_new_tokens": 512, "max_new_tokens": 512}
+    expected = oracle(ours).generate(prompt, **greedy, eos_token_id=None, pad_token_id=0)[0, 7:].tolist()
+    params = SamplingParams(temperature=0, max_new_tokens=512, repetition_penalty=1.5)
+    assert list(generate(ours, prompt[0].tolist(), params)) == expected
+    assert len(expected) == 512 and len(set(expected)) > 100
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -184,7 +195,7 @@ def test_their_folder_in_gemlet(tmp_path, dtype):
     oracle(tiny_model(3)).to(dtype).save_pretrained(folder, max_shard_size="50KB")
     assert (folder / "model.safetensors.index.json").is_file()
     tiny_tokenizer().save(folder, 128)
-    ours, theirs = load(folder), Gemma3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ours, theirs = load(folder, dtype="fp32"), Gemma3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     x = ids(ours.model)
     with torch.no_grad():
         torch.testing.assert_close(ours.logits(x), theirs(x).logits, atol=1e-4, rtol=0)
