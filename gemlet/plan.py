@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gemlet import heap
 from gemlet.config import ModelConfig, RunConfig, TrainConfig
 from gemlet.data import TokenStream
 from gemlet.device import DTYPES, can_compile, pick_device, pick_precision
@@ -69,6 +70,8 @@ class Memory:
     """Of the chunk at hand."""
     activations: int
     """All else: what the backward pass needs of the forward pass, and what is computed with in passing."""
+    gaps: int
+    """What the heap loses between the tensors; unknown on a GPU and outside glibc, 0 there."""
     process: int
     """Python, torch and the trainer's code; 0 on a GPU, where they are outside."""
 
@@ -323,7 +326,7 @@ def largest_micro_batch(
     return max((n for n in divisors if first + (n - low) * slope <= usable), default=None)
 
 
-_HELD = ("weights", "gradients", "optimizer", "logits", "activations")
+_HELD = ("weights", "gradients", "optimizer", "logits", "activations", "gaps")
 
 
 def _kinds(config: RunConfig) -> Counter[str]:
@@ -366,7 +369,13 @@ def _peaks(config: RunConfig, layers: tuple[str, ...], device: torch.device) -> 
         model.model.register_forward_pre_hook(lambda *_: storages.enter("forward"))
         model.model.register_forward_hook(lambda *_: storages.enter("loss"))
         storages.peaks.clear()
+        before = len(storages.events)
         train_step(state, stream, run)
+    if device.type == "cpu":
+        counted = max(peak.total() for peak in storages.peaks.values())
+        taken = heap.extent(storages.events[:before], storages.events[before:]) or 0
+        for peak in storages.peaks.values():
+            peak["gaps"] = max(0, taken - counted)
     return storages.peaks
 
 
@@ -380,6 +389,7 @@ class _Storages(TorchDispatchMode):
         self.kinds: dict[int, str] = {}  # of the storages alive
         self.alive: Counter[str] = Counter()
         self.peaks: dict[str, Counter[str]] = {}
+        self.events: list[heap.Event] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -400,9 +410,12 @@ class _Storages(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         self.kinds[key] = kind
         self.alive[kind] += size
+        name = len(self.events)
+        self.events.append((name, size))
 
         def free() -> None:
             self.alive[self.kinds.pop(key)] -= size
+            self.events.append((name, -1))
 
         weakref.finalize(storage, free)
 
@@ -493,7 +506,7 @@ def step_time(
         model = state.model.model
         ids = torch.zeros(sequences, t.sequence_length, dtype=torch.int64, device=device)
         gradient = torch.ones(sequences, t.sequence_length, m.hidden_size, device=device, dtype=state.model.dtype)
-        run = functools.partial(_forward_backward, model, ids, gradient)
+        run = functools.partial(_forward_backward, model, ids, gradient, t.batch_size == t.micro_batch)
         if compiled:
             for block in model.layers:
                 block.compile(dynamic=False)
@@ -524,7 +537,10 @@ def _kept_bytes(model: nn.Module, ids: Tensor) -> int:
     return sum(size for place, size in storages.items() if place not in weights)
 
 
-def _forward_backward(model: nn.Module, ids: Tensor, gradient: Tensor) -> None:
+def _forward_backward(model: nn.Module, ids: Tensor, gradient: Tensor, alone: bool) -> None:
+    """`alone`: as the only micro-batch of a step, which finds no gradients to add to."""
+    if alone:
+        model.zero_grad()
     model(ids).backward(gradient)
 
 
@@ -546,6 +562,8 @@ def _head_seconds(config: RunConfig, device: torch.device, affordable: float) ->
         ids = torch.zeros(tokens, dtype=torch.int64, device=device)
 
         def run() -> None:
+            if t.batch_size == t.micro_batch:
+                embedding.grad = head.grad = None
             linear_cross_entropy(nn.functional.embedding(ids, embedding).to(dtype), head, ids).backward()
 
         return _seconds(run, device)
@@ -585,12 +603,13 @@ def _embedding_update(m: ModelConfig, train: TrainConfig, device: torch.device) 
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The median time of a call, after one that does not count."""
+    """The median time of a call, after two that do not count: the first ones also teach the allocator its sizes."""
 
     def wait() -> None:
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
 
+    call()
     call()
     wait()
     times: list[float] = []
