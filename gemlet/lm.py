@@ -111,7 +111,7 @@ class LM:
         self, prompt: str, num_samples: int, *, stop: str | Iterable[str] = (), **sampling: Unpack[SamplingOptions]
     ) -> Iterator[tuple[int, str]]:
         """`generate` with `num_samples`, in pieces as they are written, all side by side: pairs (sample, piece)."""
-        ids, stops, params = self.tokenizer.prompt_ids(prompt), stop_strings(stop), _params(sampling)
+        ids, stops, params = self.tokenizer.prompt_ids(prompt), stop_strings(stop), sampling_params(sampling)
         if not isinstance(num_samples, int) or num_samples < 1:
             raise GemletError(f"num_samples is {num_samples!r}, but must be a whole number, 1 or more")
         writers = [TextWriter(self.tokenizer.decoder(), stops) for _ in range(num_samples)]
@@ -122,7 +122,7 @@ class LM:
         self, prompt: str = "", *, stop: str | Iterable[str] = (), **sampling: Unpack[SamplingOptions]
     ) -> Iterator[str]:
         """`generate`, in pieces as they are written: whole characters, and never a part of a stop string."""
-        tokens = generate(self.ready, self.tokenizer.prompt_ids(prompt), _params(sampling))
+        tokens = generate(self.ready, self.tokenizer.prompt_ids(prompt), sampling_params(sampling))
         return _pieces(tokens, TextWriter(self.tokenizer.decoder(), stop_strings(stop)))
 
     @torch.no_grad()
@@ -200,7 +200,8 @@ def stop_strings(stop: str | Iterable[str]) -> tuple[str, ...]:
     return stops
 
 
-def _params(sampling: SamplingOptions) -> SamplingParams:
+def sampling_params(sampling: SamplingOptions) -> SamplingParams:
+    """Keyword arguments as `SamplingParams`; one that there is not is refused by name."""
     allowed = SamplingParams.__dataclass_fields__
     for name in sampling:
         if name not in allowed:

@@ -155,6 +155,11 @@ class Tokenizer:
         return template if isinstance(template, str) else None
 
     @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """The special tokens and their ids, which `encode` never gives."""
+        return {t.content: id for id, t in self._backend.get_added_tokens_decoder().items() if t.special}
+
+    @cached_property
     def hash(self) -> str:
         """sha256 of all that decides the ids: equal hashes, equal ids. How the file is laid out does not matter."""
         spec = self.spec
@@ -226,7 +231,7 @@ class Tokenizer:
         """{id: bytes} without the special tokens, or None when tokens are not simply bytes."""
         if not isinstance(self._backend.decoder, decoders.ByteLevel):
             return None
-        special = {id for id, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        special = set(self.special_ids.values())
         return {id: _to_bytes(t) or t.encode() for t, id in self._backend.get_vocab().items() if id not in special}
 
 

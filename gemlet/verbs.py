@@ -5,6 +5,7 @@ so that `--help` and a mistake cost no waiting.
 
 import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -17,12 +18,16 @@ import time
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from gemlet.config import DataConfig, RunConfig, validated
-from gemlet.errors import GemletError, Mismatch
+from gemlet.errors import GemletError, Mismatch, did_you_mean
+
+if TYPE_CHECKING:
+    from gemlet.chat import Chat as Conversation
+    from gemlet.lm import LM
 
 Unnamed = tyro.conf.arg(name="")  # a nested configuration whose fields are flags without a prefix for itself
 
@@ -238,15 +243,13 @@ class Eval(Documents):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Generate:
-    """Continue a prompt; the text streams to stdout, the rate goes to stderr."""
+class Writing:
+    """The flags of a verb that lets a model write."""
 
     # The sampling flags are the fields of generate.SamplingParams, written again because that file needs torch;
     # a test holds the two together.
     model: str
     """A run or a checkpoint of it, any Hugging Face Gemma 3 text folder, or a hub name."""
-    prompt: str = ""
-    """Beginning of the story; empty lets the model begin."""
     max_new_tokens: int = 256
     """At most this many tokens, fewer where the context ends before; 0 gives nothing."""
     temperature: float = 0.8
@@ -261,29 +264,45 @@ class Generate:
     """Positive logits of tokens that have occurred are divided by it, negative ones multiplied (arXiv 1909.05858)."""
     seed: int | None = None
     """Sample i of a prompt draws from seed + i, whatever the other samples are; unset: other draws every time."""
-    num_samples: int = 1
-    """How many continuations to write: side by side on a terminal that is wide enough, else one after the other."""
-    stop: tuple[str, ...] = ()
-    """Texts that end a continuation and are left out of it; the model's end token always ends it."""
     weights: Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"] = "auto"
     """How the weights are kept: auto, as they are stored; int8 and int4, on a CPU, write faster and less exactly."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 
-    def __call__(self) -> None:
-        """Stream the samples."""
-        if self.num_samples < 1:
-            raise GemletError(f"--num-samples is {self.num_samples}, but must be at least 1")
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The fields of `generate.SamplingParams`."""
+        names = {field.name for field in dataclasses.fields(Writing)} - {"model", "weights", "device"}
+        return {name: getattr(self, name) for name in names}
+
+    def loaded(self) -> "LM":
+        """The model, with its weights as the flags want them."""
         from gemlet.kernels.build import library
 
         library("decode", wait=False)  # the first time, the compiler works while torch is loaded
         from gemlet.lm import load
 
-        lm = load(self.model, device=self.device, dtype=self.weights)
-        others = ("model", "prompt", "num_samples", "weights", "device")
-        sampling: dict[str, Any] = {name: value for name, value in vars(self).items() if name not in others}
+        return load(self.model, device=self.device, dtype=self.weights)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(Writing):
+    """Continue a prompt; the text streams to stdout, the rate goes to stderr."""
+
+    prompt: str = ""
+    """Beginning of the story; empty lets the model begin."""
+    num_samples: int = 1
+    """How many continuations to write: side by side on a terminal that is wide enough, else one after the other."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a continuation and are left out of it; the model's end token always ends it."""
+
+    def __call__(self) -> None:
+        """Stream the samples."""
+        if self.num_samples < 1:
+            raise GemletError(f"--num-samples is {self.num_samples}, but must be at least 1")
+        lm = self.loaded()
         told, start = [""] * self.num_samples, time.perf_counter()
-        pieces = lm.stream_samples(self.prompt, self.num_samples, **sampling)
+        pieces = lm.stream_samples(self.prompt, self.num_samples, stop=self.stop, **self.sampling)
         heard = _noted(pieces, told)
         width = shutil.get_terminal_size().columns // self.num_samples
         try:
@@ -294,8 +313,87 @@ class Generate:
         except KeyboardInterrupt:
             raise SystemExit(130) from None  # what was said stays, and nothing went wrong
         finally:
-            seconds, tokens = time.perf_counter() - start, sum(len(lm.tokenizer.encode(text)) for text in told)
-            print(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s", file=sys.stderr)
+            tokens = sum(len(lm.tokenizer.encode(text)) for text in told)
+            print(_rate(tokens, time.perf_counter() - start), file=sys.stderr)
+
+
+COMMANDS = {
+    "/new": "begin anew",
+    "/undo": "take back the last exchange",
+    "/help": "list these",
+    "/quit": "leave, as Ctrl-D does",
+}
+"""What can be said in a chat that is not for the model."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chat(Writing):
+    """Talk with a model, or write a story with one: a line is yours, a reply the model's, and so on.
+
+    A model that was trained on Gemma's turns answers; every other one goes on with the text that the lines add up to.
+    What is not for the model begins with a slash: /new, /undo, /help, /quit. Ctrl-C stops a reply; where there is none,
+    it leaves, as Ctrl-D does. Lines can come from a pipe, too; the replies go to stdout, all else to stderr.
+    """
+
+    max_new_tokens: int = 256
+    """At most this many tokens a reply, fewer where the context ends before; an empty line then goes on."""
+    seed: int | None = None
+    """Reply i draws from seed + i, counted from 0 since the beginning or /new; unset: other draws every time."""
+
+    def __call__(self) -> None:
+        """Go round until there is no more input."""
+        lm = self.loaded()
+        from gemlet.chat import Chat as Conversation
+
+        chat, prompt = Conversation(lm, **self.sampling), ""
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
+        if sys.stdin.isatty():
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401 (a line can then be edited, and earlier ones come back with the arrows)
+            prompt = "> " if sys.stdout.isatty() else ""
+            _note(
+                "The model answers in turns: a line is yours, then comes its answer."
+                if chat.turns
+                else "The model goes on with your text: a line is added to it, an empty one lets the model write."
+            )
+            _note("Ctrl-C stops it; /undo takes back the last exchange, /new begins anew, Ctrl-D leaves.")
+        while (line := _line(prompt)) is not None and line != "/quit":
+            if line.startswith("/"):
+                self._obey(line, chat)
+            else:
+                self._hear(line, chat)
+
+    def _obey(self, line: str, chat: "Conversation") -> None:
+        """Do what a line with a slash says."""
+        if line == "/new":
+            chat.new()
+            _note("begun anew")
+        elif line == "/undo":
+            _note("taken back" if chat.undo() else "there is nothing to take back")
+        elif line == "/help":
+            _note("\n".join(f"{name:<7}{told}" for name, told in COMMANDS.items()))
+        else:
+            word = line.split()[0]
+            _note(f"unknown command {word!r}{did_you_mean(word, COMMANDS)} (there are {', '.join(COMMANDS)})")
+
+    def _hear(self, line: str, chat: "Conversation") -> None:
+        """Stream the reply to a line."""
+        try:
+            reply = chat.say(line)
+        except GemletError as error:  # no room for it, say: nothing has changed
+            return _note(str(error))
+        before, start = len(chat.ids), time.perf_counter()
+        with contextlib.suppress(KeyboardInterrupt):
+            _tell("", _without_margin(reply))
+        chat.stop()
+        said = _rate(len(chat.ids) - before, time.perf_counter() - start)
+        if chat.full:
+            _note(f"{said}; the context of {len(chat.ids)} tokens is full: /new begins anew, /undo takes a step back")
+        elif not chat.ended:
+            _note(f"{said}; an empty line goes on")
+        else:
+            _note(said if chat.turns else f"{said}; the end: your next line begins another text")
 
 
 Packed = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]  # types of the weights in a GGUF file
@@ -506,6 +604,7 @@ VERBS: dict[str, type] = {
     "train": Train,
     "eval": Eval,
     "generate": Generate,
+    "chat": Chat,
     "export hf": ExportHF,
     "export gguf": ExportGGUF,
     "export web": ExportWeb,
@@ -556,6 +655,10 @@ def _tell_beside(prompt: str, told: list[str], pieces: Iterator[tuple[int, str]]
             pass
 
 
+_BREAK = r"(?<=[\s\u2e80-\uffff])"
+"""Where a line may end: behind white space, and behind the letters of languages that are written without it."""
+
+
 def _tell(prompt: str, pieces: Iterable[str]) -> str:
     """Stream a prompt and its continuation to stdout, and return the latter; a terminal's edge breaks no word."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
@@ -573,11 +676,41 @@ def _tell(prompt: str, pieces: Iterable[str]) -> str:
     try:
         for piece in itertools.chain([prompt], pieces):
             told += piece
-            *whole, held = re.split(r"(?<=\s)", held + piece) if width < sys.maxsize else [piece, ""]
+            *whole, held = re.split(_BREAK, held + piece) if width < sys.maxsize else [piece, ""]
+            if len(held) >= width:  # no line could hold it: it need not be held back
+                whole, held = [*whole, held], ""
             show(whole)
     finally:  # Ctrl-C ends a text, too
         show([held, "\n"])
     return told.removeprefix(prompt)
+
+
+def _without_margin(pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces without the white space before the first word: they begin a line."""
+    begun = False
+    for piece in pieces:
+        shown = piece if begun else piece.lstrip()
+        begun = begun or shown != ""
+        yield shown
+
+
+def _line(prompt: str) -> str | None:
+    """The next line of the input; None at its end, or at Ctrl-C."""
+    try:
+        return input(prompt).strip()
+    except (EOFError, KeyboardInterrupt):
+        if prompt:
+            print()
+        return None
+
+
+def _note(text: str) -> None:
+    """Something beside the text that a model writes: on stderr, dim on a terminal."""
+    print(f"\033[2m{text}\033[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    return f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s"
 
 
 @contextlib.contextmanager

@@ -247,5 +247,5 @@ def test_the_sampling_flags_are_those_of_sampling_params():
         }
         return {f.name: (f.type, f.default, docs[f.name]) for f in dataclasses.fields(kind)}
 
-    flags, params = fields(verbs.Generate), fields(SamplingParams)
+    flags, params = fields(verbs.Writing), fields(SamplingParams)
     assert {name: flags.get(name) for name in params} == params
