@@ -34,6 +34,16 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {},
         {"batch_size": 1, "micro_batch_size": 1, "optimizer": "adamw"},
     ),
+    "10min, 12 x 512, AdamW": (
+        "tinystories-10min",
+        {},
+        {"batch_size": 12, "sequence_length": 512, "optimizer": "adamw"},
+    ),
+    "42m, 3 micro-batches of 1 x 512, AdamW": (
+        "stories-42m",
+        {},
+        {"batch_size": 3, "micro_batch_size": 1, "optimizer": "adamw"},
+    ),
     "tales, 8 x 256, Muon, compiled": ("tales", {}, {"compile": "on"}),
 }
 

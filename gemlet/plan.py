@@ -29,7 +29,6 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gemlet import heap
 from gemlet.config import ModelConfig, RunConfig, TrainConfig
 from gemlet.data import TokenStream
 from gemlet.device import DTYPES, can_compile, pick_device, pick_precision
@@ -54,6 +53,11 @@ models reach less."""
 USABLE = 0.9
 """Part of the memory that a run may fill: the rest is for the system, the allocator's gaps and a GPU's own context."""
 
+HEAP_BYTES = 60 * 2**20
+HEAP_SHARE, HEAP_SHARE_ACCUMULATING = 0.45, 1.0
+"""What glibc's heap takes beyond the tensors: a constant, and a part of all that comes and goes within a step, more
+where gradients that stay lie between it. Fitted to fourteen configurations, each within 5 % (benchmarks/RESULTS.md)."""
+
 SAMPLE_SECONDS = 0.7
 """About how long one measured piece may take; larger ones are measured on fewer sequences."""
 
@@ -70,8 +74,8 @@ class Memory:
     """Of the chunk at hand."""
     activations: int
     """All else: what the backward pass needs of the forward pass, and what is computed with in passing."""
-    gaps: int
-    """What the heap loses between the tensors; unknown on a GPU and outside glibc, 0 there."""
+    heap: int
+    """Freed memory that the C library cannot use or give back, estimated from the above; 0 on a GPU."""
     process: int
     """Python, torch and the trainer's code; 0 on a GPU, where they are outside."""
 
@@ -299,7 +303,12 @@ def step_memory(
                 written = more["loss"]["activations"] - peaks["loss"]["activations"]
                 peak["activations"] += count * (int(kept[kind] * config.train.micro_batch) - written)
     most = max(phases.values(), key=Counter.total)
-    return Memory(**{what: most[what] for what in _HELD}, process=process)
+    heap = 0
+    if device.type == "cpu":
+        accumulates = config.train.micro_batch < config.train.batch_size
+        share = HEAP_SHARE_ACCUMULATING if accumulates else HEAP_SHARE
+        heap = int(HEAP_BYTES + share * (most["logits"] + most["activations"]))
+    return Memory(**{what: most[what] for what in _HELD}, heap=heap, process=process)
 
 
 def largest_micro_batch(
@@ -326,7 +335,7 @@ def largest_micro_batch(
     return max((n for n in divisors if first + (n - low) * slope <= usable), default=None)
 
 
-_HELD = ("weights", "gradients", "optimizer", "logits", "activations", "gaps")
+_HELD = ("weights", "gradients", "optimizer", "logits", "activations")
 
 
 def _kinds(config: RunConfig) -> Counter[str]:
@@ -369,13 +378,7 @@ def _peaks(config: RunConfig, layers: tuple[str, ...], device: torch.device) -> 
         model.model.register_forward_pre_hook(lambda *_: storages.enter("forward"))
         model.model.register_forward_hook(lambda *_: storages.enter("loss"))
         storages.peaks.clear()
-        before = len(storages.events)
         train_step(state, stream, run)
-    if device.type == "cpu":
-        counted = max(peak.total() for peak in storages.peaks.values())
-        taken = heap.extent(storages.events[:before], storages.events[before:]) or 0
-        for peak in storages.peaks.values():
-            peak["gaps"] = max(0, taken - counted)
     return storages.peaks
 
 
@@ -389,7 +392,6 @@ class _Storages(TorchDispatchMode):
         self.kinds: dict[int, str] = {}  # of the storages alive
         self.alive: Counter[str] = Counter()
         self.peaks: dict[str, Counter[str]] = {}
-        self.events: list[heap.Event] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -410,12 +412,9 @@ class _Storages(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         self.kinds[key] = kind
         self.alive[kind] += size
-        name = len(self.events)
-        self.events.append((name, size))
 
         def free() -> None:
             self.alive[self.kinds.pop(key)] -= size
-            self.events.append((name, -1))
 
         weakref.finalize(storage, free)
 
