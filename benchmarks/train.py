@@ -108,6 +108,7 @@ CONTENDERS: dict[str, Callable[[ModelConfig, torch.dtype], Step]] = {
     "gemlet": lambda c, d: gemlet(c, d, False),
     "gemlet, compiled": lambda c, d: gemlet(c, d, True),
     "gemlet, compiled, Muon": lambda c, d: gemlet(c, d, True, "muon"),
+    "gemlet, compiled, documents": lambda c, d: gemlet(c, d, True, begin=0),
     "transformers": lambda c, d: transformers(c, d, False),
     "transformers, eager attention": lambda c, d: transformers(c, d, False, "eager"),
     "transformers, compiled": lambda c, d: transformers(c, d, True),
@@ -132,6 +133,7 @@ def main() -> None:
     precision = pick_precision("auto", CPU)
     shape = (options.batch_size, options.length)
     ids = torch.randint(0, config.vocab_size, (shape[0], shape[1] + 1), generator=torch.Generator().manual_seed(0))
+    ids[:, ::200] = 0  # where a document begins, for the contender that minds
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     steps: dict[str, Step] = {}
     for name in options.only:

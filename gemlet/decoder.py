@@ -321,7 +321,7 @@ def format_of(model: Gemma, weights: str) -> str:
     return weights
 
 
-def _computing(model: Gemma, format: str) -> Gemma:
+def rounded(model: Gemma, format: str) -> Gemma:
     """The model with the values that a format keeps, in memory that is shared where it can be; in float32 on a CPU."""
     on_cpu, own = model.device.type == "cpu", format_of(model, "auto")
     state, config = model.state_dict(), model.config
@@ -379,9 +379,13 @@ class Ready:
                 self._weights = NativeWeights(kernel, self.model, self.format)
             return NativeDecoder(self._weights, slots, max_length)
         if not isinstance(self._weights, Gemma):
-            self._weights = _computing(self.model, self.format)
+            self._weights = rounded(self.model, self.format)
         kind = TorchDecoder if self.model.device.type == "cpu" else BatchDecoder
         return kind(self._weights, slots, max_length, _cache_dtype(self.format))
+
+    def rounded(self) -> Gemma:
+        """The model in plain torch, with the values that the format keeps: what any of the decoders computes."""
+        return rounded(self.model, self.format)
 
     def outruns(self, decoder: Decoder) -> bool:
         """Whether `decoder` would now be made as a faster one."""

@@ -18,6 +18,10 @@ CHUNK_TOKENS = 256
 """A chunk has at least so many tokens: the head and its gradient are read, and the gradient written, for each one."""
 
 
+PIECE_ROWS = 512
+"""Rows of the head in one product, in float32 on a CPU: MKL takes two thirds of the time of a product with all."""
+
+
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Sum of -log p(target) in nats, over the targets that are not IGNORE.
 
@@ -63,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scored = (t != IGNORE)[:, None]
             t = t[:, None].where(scored, 0)
             products, p = buffer[: len(h)], float_buffer[: len(h)]
-            torch.mm(h, w.T, out=products)
+            _multiply(h, w, products)
             torch.log_softmax(products, -1, dtype=torch.float32, out=p)
             total -= (p.gather(1, t) * scored).sum()
             if grad_hidden is not None and grad_weight is not None:
@@ -84,6 +88,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (scale,) = grad_outputs
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden.mul_(scale), grad_weight.mul_(scale).to(ctx.weight_dtype), None
+
+
+def _multiply(h: Tensor, w: Tensor, out: Tensor) -> None:
+    """out = h @ w.T."""
+    rows = PIECE_ROWS if h.device.type == "cpu" and h.dtype == torch.float32 else len(w)
+    for part, columns in zip(w.split(rows), out.split(rows, dim=1), strict=True):
+        torch.mm(h, part.T, out=columns)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

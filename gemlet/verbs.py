@@ -220,6 +220,8 @@ class Eval(Documents):
 
     model: str
     """A run or a checkpoint of it, any Hugging Face Gemma 3 text folder, or a hub name."""
+    weights: Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"] = "auto"
+    """How the weights are kept: auto, as they are stored; the others show what fewer bits cost."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     json: bool = False
@@ -231,8 +233,8 @@ class Eval(Documents):
         from gemlet.evaluate import evaluate
         from gemlet.lm import load
 
-        lm = load(self.model, device=self.device)
-        found = evaluate(lm.model, lm.tokenizer, documents)
+        lm = load(self.model, device=self.device, dtype=self.weights)
+        found = evaluate(lm.ready.rounded(), lm.tokenizer, documents)
         names = ("nats_per_token", "perplexity", "bits_per_byte", "tokens", "bytes", "documents")
         figures = {name: getattr(found, name) for name in names}
         if self.json:

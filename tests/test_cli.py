@@ -160,6 +160,16 @@ def test_eval_prints_one_json_object(run, capsys):
     assert f"{figures['bits_per_byte']:.4f}" in capsys.readouterr().out
 
 
+def test_eval_says_what_fewer_bits_cost(run, capsys):
+    given = ["eval", "--model", str(run / "run/checkpoints/best"), "--data", str(run / "stories.txt"), "--json"]
+    nats = {}
+    for weights in ("auto", "fp32", "int8", "int4"):
+        assert main([*given, "--max-documents", "5", "--weights", weights]) == 0
+        nats[weights] = json.loads(capsys.readouterr().out)["nats_per_token"]
+    assert nats["fp32"] == nats["auto"]
+    assert 0 < abs(nats["int8"] - nats["auto"]) < abs(nats["int4"] - nats["auto"]) < 0.05
+
+
 def test_generate_streams_the_same_samples_for_a_seed(run, capsys):
     given = ["generate", "--model", str(run / "run/checkpoints/best"), "--prompt", "Once", "--max-new-tokens", "8"]
     capsys.readouterr()

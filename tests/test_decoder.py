@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gemlet.decoder import SPARE, BatchDecoder, NativeDecoder, NativeWeights, Ready, TorchDecoder, _computing
+from gemlet.decoder import SPARE, BatchDecoder, NativeDecoder, NativeWeights, Ready, TorchDecoder, rounded
 from gemlet.kernels.build import library
 from gemlet.quantise import FORMATS
 from gemlet.testing import tiny_model
@@ -143,7 +143,7 @@ def test_the_kernel_computes_what_torch_does_with_the_same_values(shape, format)
     length = min(model.config.max_position_embeddings, 240)
     ids = torch.randint(0, model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(2)).tolist()
     kernel = native(model, 2, length, format)
-    reference = TorchDecoder(_computing(model, format), 1, length, kernel.cache.layers[0].k.dtype)
+    reference = TorchDecoder(rounded(model, format), 1, length, kernel.cache.layers[0].k.dtype)
     half = length // 2
     got = [kernel.step(ids[:half], [1] * half, range(half))] if half <= SPARE else []
     expected = [torch.stack([reference.step([ids[at]], [0], [at])[0] for at in range(half)])]
