@@ -107,12 +107,11 @@ inline Ints widen(Halves v) {
 inline Ints widen(Bytes v) {
 #if defined(__GNUC__) && !defined(__clang__) && defined(__AVX2__)
     typedef char Chars __attribute__((vector_size(16)));
-    Chars whole = {};
-    std::memcpy(&whole, &v, sizeof v);
 #if defined(__AVX512F__)
-    return __builtin_ia32_pmovsxbd512_mask(whole, Ints{}, -1);
+    return __builtin_ia32_pmovsxbd512_mask(as<Chars>(v), Ints{}, -1);
 #else
-    return __builtin_ia32_pmovsxbd256(whole);
+    typedef int64_t Pair __attribute__((vector_size(16)));  // in a register: memory written in halves is slow to read whole
+    return __builtin_ia32_pmovsxbd256(as<Chars>(Pair{as<int64_t>(v), 0}));
 #endif
 #else
     return __builtin_convertvector(v, Ints);
