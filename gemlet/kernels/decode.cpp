@@ -252,8 +252,9 @@ void with(int32_t format, F f) {
 constexpr int ROWS = 64;  // rows taken through the model at a time
 constexpr int TILE = 12;  // weight rows unpacked at a time, where there are many activations
 
-// out[r][n] = dot(weight row n, x[r]) for R activations and N weight rows from `n` on.
-template <class W, int R, int N>
+// out[r][n] = dot(weight row n, x[r]) for R activations and N weight rows from `n` on. STREAMED weights come from memory:
+// the rows behind are asked for meanwhile, since N short streams at once are more than a processor foresees.
+template <class W, bool STREAMED, int R, int N>
 __attribute__((noinline)) void tile(const char* weights, int columns, const float* scales, int n, const float* const* x, float* const* out) {
     const size_t bytes = W::bytes(columns);
     const int whole = columns / W::STEP * W::STEP;
@@ -261,7 +262,11 @@ __attribute__((noinline)) void tile(const char* weights, int columns, const floa
     const char* row[N];
     Floats sums[R][N] = {};
     for (int j = 0; j < N; j++) row[j] = weights + (n + j) * bytes;
-    for (int k = 0; k < whole; k += W::STEP) {
+    const char* ahead = weights + (n + N) * bytes;
+    const int pace = N * int(bytes) / std::max(1, whole / W::STEP);
+    for (int k = 0; k < whole; k += W::STEP, ahead += pace) {
+        if constexpr (STREAMED)
+            for (int b = 0; b < pace; b += 64) __builtin_prefetch(ahead + b);
         Floats lifted[R] = {};  // what the 8 that Int4 adds to every column add to a group's sum
         if constexpr (W::GROUPED)
             each<R>([&](auto r) INLINE {
@@ -287,21 +292,22 @@ __attribute__((noinline)) void tile(const char* weights, int columns, const floa
         }
 }
 
-template <class W, int R, int N>
+template <class W, bool STREAMED, int R, int N>
 inline void tiles(const char* w, int columns, const float* scales, int n, int end, const float* const* x, float* const* out) {
-    for (; n + N <= end; n += N) tile<W, R, N>(w, columns, scales, n, x, out);
-    for (; n < end; n++) tile<W, R, 1>(w, columns, scales, n, x, out);
+    for (; n + N <= end; n += N) tile<W, STREAMED, R, N>(w, columns, scales, n, x, out);
+    for (; n < end; n++) tile<W, STREAMED, R, 1>(w, columns, scales, n, x, out);
 }
 
 // 1 to 4 activations; 2 and 3 are made 4, since reading the weights takes longer than multiplying them.
-template <class W>
+template <class W, bool STREAMED = true>
 void few(const char* w, int columns, const float* scales, int begin, int end, int rows, const float* const* x,
          float* const* out) {
-    if (rows == 1) return tiles<W, 1, 8>(w, columns, scales, begin, end, x, out);
+    if (rows == 1) return tiles<W, STREAMED, 1, 8>(w, columns, scales, begin, end, x, out);
     const float* four[4];
     float* to[4];
     for (int r = 0; r < 4; r++) four[r] = x[std::min(r, rows - 1)], to[r] = out[std::min(r, rows - 1)];
-    tiles<W, 4, 3>(w, columns, scales, begin, end, four, to);
+    constexpr int N = W::GROUPED || LANES == 16 ? 3 : 2;  // with 16 registers, 4 x 2 sums leave room for what is read
+    tiles<W, STREAMED, 4, N>(w, columns, scales, begin, end, four, to);
 }
 
 // out[r][n] for the weight rows begin <= n < end and any number of activations.
@@ -321,6 +327,7 @@ void multiply(const Matrix& m, int begin, int end, int rows, const float* const*
             const int count = std::min(TILE, end - n);
             for (int j = 0; j < count; j++) {
                 const char* from = weights + (n + j) * W::bytes(K);
+                for (size_t b = 0; b < W::bytes(K); b += 64) __builtin_prefetch(from + TILE * W::bytes(K) + b);
                 float* to = &unpacked[size_t(j) * K];
                 for (int k = 0; k < whole; k += W::STEP) {
                     Floats w[W::STEP / LANES];
@@ -334,7 +341,7 @@ void multiply(const Matrix& m, int begin, int end, int rows, const float* const*
             for (int r = 0; r < rows; r += 4) {
                 const int R = std::min(4, rows - r);
                 for (int i = 0; i < R; i++) columns[i] = out[r + i] + n;
-                few<Fp32>(reinterpret_cast<const char*>(unpacked.data()), K, scales, 0, count, R, x + r, columns);
+                few<Fp32, false>(reinterpret_cast<const char*>(unpacked.data()), K, scales, 0, count, R, x + r, columns);
             }
         }
     });
