@@ -55,7 +55,7 @@ NAVIGATION = {
         )
     ],
     "Reference": ["reference/commands", "reference/configuration", "reference/python"],
-    "Project": ["architecture", "decisions", "results"],
+    "Project": ["architecture", "internals/performance", "decisions", "results"],
 }
 """The pages in order; one that is not there (yet) is left out."""
 
