@@ -274,6 +274,32 @@ def startup(arguments: argparse.Namespace, folder: Path) -> None:
     print(f"startup: first token {first:.2f} s, all 256 {whole:.2f} s")
 
 
+def guess(arguments: argparse.Namespace, folder: Path) -> None:
+    """Stories of a trained model, `--model`, with and without guessing ahead: the same text, in turns."""
+    import gemlet
+    from gemlet.decoder import NativeDecoder
+
+    lm = gemlet.load(arguments.model)
+    lm.generate("Once upon a time", seed=0)  # compiles the kernel
+    ahead = NativeDecoder.guesses
+    for temperature in (0.0, 0.8):
+        rates: dict[int, list[float]] = {ahead: [], 0: []}
+        for seed in range(4 * arguments.rounds):
+            texts = []
+            for guesses, of_way in rates.items():
+                NativeDecoder.guesses = guesses
+                start = time.perf_counter()
+                texts.append(lm.generate("Once upon a time", temperature=temperature, seed=seed))
+                of_way.append(len(lm.tokenizer.encode(texts[-1])) / (time.perf_counter() - start))
+            assert texts[0] == texts[1], "guessing must not change a text"
+        gain = statistics.median(a / b for a, b in zip(*rates.values(), strict=True))
+        middle = ", ".join(f"{g} guesses {statistics.median(of_way):.0f} tokens/s" for g, of_way in rates.items())
+        print(f"guess: temperature {temperature}: {middle}, {gain:.2f} times", flush=True)
+
+
+QUESTIONS = {"context": context, "memory": memory, "startup": startup, "guess": guess}
+
+
 def prepare(folder: Path, tokenizer: str, peers: bool, preset: str) -> None:
     import torch
 
@@ -296,9 +322,10 @@ def prepare(folder: Path, tokenizer: str, peers: bool, preset: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("questions", nargs="*", choices=["decode", "prefill", "context", "memory", "startup", []])
+    parser.add_argument("questions", nargs="*", choices=["decode", "prefill", *QUESTIONS, []])
     parser.add_argument("--tokenizer", default="gpt2")
     parser.add_argument("--preset", default="gemma3-270m-gpt2")
+    parser.add_argument("--model", help="a trained model, for guess")
     parser.add_argument("--peers")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
@@ -316,7 +343,7 @@ def main() -> None:
             rates(tasks, arguments, folder)
         for question in arguments.questions:
             if question not in tasks:
-                {"context": context, "memory": memory, "startup": startup}[question](arguments, folder)
+                QUESTIONS[question](arguments, folder)
 
 
 if __name__ == "__main__":

@@ -417,9 +417,13 @@ class Terminal:
 
     def __init__(self, *flags: str):
         import pty
+        import termios
 
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            modes = termios.tcgetattr(0)
+            modes[3] |= termios.NOFLSH  # else Ctrl-C drops what is on its way, perhaps the answer to it
+            termios.tcsetattr(0, termios.TCSANOW, modes)
             os.environ |= {"TERM": "dumb", "COLUMNS": "80"}
             os.execv(sys.executable, [sys.executable, "-m", "gemlet", "chat", *flags])
         self.seen = ""
