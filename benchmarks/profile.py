@@ -15,11 +15,11 @@ from gemlet.config import preset
 from gemlet.device import DTYPES, pick_precision
 
 KINDS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::addbmm", "aten::baddbmm", "mkl::_mkl_linear"),
-    "attention": ("flash_attention", "scaled_dot_product"),
+    "matrix products": ("aten::mm", "aten::addmm"),
+    "attention": ("aten::bmm", "flash_attention"),
     "softmax of the loss": ("log_softmax", "aten::exp_", "aten::gather", "aten::scatter_add_"),
     "update": ("aten::_fused_adam", "Optimizer.step", "aten::_foreach", "aten::linalg_vector_norm", "aten::lerp_"),
-    "compiled kernels": ("graph_", "Torch-Compiled Region", "CompiledFunction"),
+    "compiled kernels": ("CompiledFxGraph", "Torch-Compiled Region", "CompiledFunction"),
 }
 """A kind, and parts of the names of its kernels; the first that fits counts."""
 
