@@ -11,11 +11,10 @@ import json
 import math
 import os
 import platform
-import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -24,6 +23,7 @@ import tyro
 
 from gemlet.config import DataConfig, RunConfig, validated
 from gemlet.errors import GemletError, Mismatch, did_you_mean
+from gemlet.terminal import confirm, note, rate, read_line, tell, tell_samples, without_margin
 
 if TYPE_CHECKING:
     from gemlet.chat import Chat as Conversation
@@ -65,7 +65,7 @@ class Quickstart:
         lm = load(result.checkpoint)
         for seed, prompt in enumerate(STORIES):
             print()
-            _tell(prompt, lm.stream(prompt, temperature=0.5, seed=seed))
+            tell(prompt, lm.stream(prompt, temperature=0.5, seed=seed))
         gemlet = _program()
         print(
             f'\nNext:\n  {gemlet} generate --model {self.out} --prompt "Once upon a time" --num-samples 3\n'
@@ -305,18 +305,13 @@ class Generate(Writing):
         lm = self.loaded()
         told, start = [""] * self.num_samples, time.perf_counter()
         pieces = lm.stream_samples(self.prompt, self.num_samples, stop=self.stop, **self.sampling)
-        heard = _noted(pieces, told)
-        width = shutil.get_terminal_size().columns // self.num_samples
         try:
-            if self.num_samples > 1 and width >= 24 and sys.stdout.isatty():
-                _tell_beside(self.prompt, told, heard)
-            else:
-                _tell_in_turn(self.prompt, told, heard)
+            tell_samples(self.prompt, told, pieces)
         except KeyboardInterrupt:
             raise SystemExit(130) from None  # what was said stays, and nothing went wrong
         finally:
             tokens = sum(len(lm.tokenizer.encode(text)) for text in told)
-            print(_rate(tokens, time.perf_counter() - start), file=sys.stderr)
+            print(rate(tokens, time.perf_counter() - start), file=sys.stderr)
 
 
 COMMANDS = {
@@ -354,13 +349,13 @@ class Chat(Writing):
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401 (a line can then be edited, and earlier ones come back with the arrows)
             prompt = "> " if sys.stdout.isatty() else ""
-            _note(
+            note(
                 "The model answers in turns: a line is yours, then comes its answer."
                 if chat.turns
                 else "The model goes on with your text: a line is added to it, an empty one lets the model write."
             )
-            _note("Ctrl-C stops it; /undo takes back the last exchange, /new begins anew, Ctrl-D leaves.")
-        while (line := _line(prompt)) is not None and line != "/quit":
+            note("Ctrl-C stops it; /undo takes back the last exchange, /new begins anew, Ctrl-D leaves.")
+        while (line := read_line(prompt)) is not None and line != "/quit":
             if line.startswith("/"):
                 self._obey(line, chat)
             else:
@@ -370,32 +365,32 @@ class Chat(Writing):
         """Do what a line with a slash says."""
         if line == "/new":
             chat.new()
-            _note("begun anew")
+            note("begun anew")
         elif line == "/undo":
-            _note("taken back" if chat.undo() else "there is nothing to take back")
+            note("taken back" if chat.undo() else "there is nothing to take back")
         elif line == "/help":
-            _note("\n".join(f"{name:<7}{told}" for name, told in COMMANDS.items()))
+            note("\n".join(f"{name:<7}{told}" for name, told in COMMANDS.items()))
         else:
             word = line.split()[0]
-            _note(f"unknown command {word!r}{did_you_mean(word, COMMANDS)} (there are {', '.join(COMMANDS)})")
+            note(f"unknown command {word!r}{did_you_mean(word, COMMANDS)} (there are {', '.join(COMMANDS)})")
 
     def _hear(self, line: str, chat: "Conversation") -> None:
         """Stream the reply to a line."""
         try:
             reply = chat.say(line)
         except GemletError as error:  # no room for it, say: nothing has changed
-            return _note(str(error))
+            return note(str(error))
         before, start = len(chat.ids), time.perf_counter()
         with contextlib.suppress(KeyboardInterrupt):
-            _tell("", _without_margin(reply))
+            tell("", without_margin(reply))
         chat.stop()
-        said = _rate(len(chat.ids) - before, time.perf_counter() - start)
+        said = rate(len(chat.ids) - before, time.perf_counter() - start)
         if chat.full:
-            _note(f"{said}; the context of {len(chat.ids)} tokens is full: /new begins anew, /undo takes a step back")
+            note(f"{said}; the context of {len(chat.ids)} tokens is full: /new begins anew, /undo takes a step back")
         elif not chat.ended:
-            _note(f"{said}; an empty line goes on")
+            note(f"{said}; an empty line goes on")
         else:
-            _note(said if chat.turns else f"{said}; the end: your next line begins another text")
+            note(said if chat.turns else f"{said}; the end: your next line begins another text")
 
 
 Packed = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]  # types of the weights in a GGUF file
@@ -518,7 +513,7 @@ class ExportHub(Published):
             plan = plan_push(folder, self.name, private=False if self.public else None)
             print(plan, flush=True)
             if not self.yes:
-                _confirm("Push this?", "--yes")
+                confirm("Push this?", "--yes")
             print(push(plan))
 
 
@@ -614,105 +609,6 @@ VERBS: dict[str, type] = {
     "verify": Verify,
     "doctor": Doctor,
 }
-
-
-def _confirm(question: str, flag: str) -> None:
-    """Go on only at a yes from the terminal; where nobody can answer, the flag has to say it."""
-    if not sys.stdin.isatty():
-        raise GemletError(f"there is no terminal to ask on; nothing was done: give {flag} to go on without asking")
-    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
-        raise GemletError("nothing was done")
-
-
-def _noted(pieces: Iterable[tuple[int, str]], told: list[str]) -> Iterator[tuple[int, str]]:
-    """The pieces of several samples, added to what each has told as they pass."""
-    for sample, piece in pieces:
-        told[sample] += piece
-        yield sample, piece
-
-
-def _tell_in_turn(prompt: str, told: list[str], pieces: Iterator[tuple[int, str]]) -> None:
-    """Stream the first of several samples; the others, written meanwhile, follow whole."""
-    _tell(prompt, (piece for sample, piece in pieces if sample == 0))
-    for text in told[1:]:
-        print("\n---\n")
-        _tell(prompt, [text])
-
-
-def _tell_beside(prompt: str, told: list[str], pieces: Iterator[tuple[int, str]]) -> None:
-    """Stream samples into columns of the terminal."""
-    from rich.live import Live
-    from rich.table import Table
-    from rich.text import Text
-
-    def columns() -> Table:
-        table = Table.grid(padding=(0, 3), expand=True)
-        for _ in told:
-            table.add_column(ratio=1)
-        table.add_row(*(Text(prompt + text) for text in told))
-        return table
-
-    with Live(get_renderable=columns, refresh_per_second=12):
-        for _ in pieces:
-            pass
-
-
-_BREAK = r"(?<=[\s\u2e80-\uffff])"
-"""Where a line may end: behind white space, and behind the letters of languages that are written without it."""
-
-
-def _tell(prompt: str, pieces: Iterable[str]) -> str:
-    """Stream a prompt and its continuation to stdout, and return the latter; a terminal's edge breaks no word."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
-    told, column, held = "", 0, ""  # held: the last word, as more of it may come
-
-    def show(words: list[str]) -> None:
-        nonlocal column
-        for word in words:
-            if column and column + len(word) >= width:
-                print()
-                column = 0
-            print(word, end="", flush=True)
-            column = 0 if word.endswith("\n") else column + len(word)
-
-    try:
-        for piece in itertools.chain([prompt], pieces):
-            told += piece
-            *whole, held = re.split(_BREAK, held + piece) if width < sys.maxsize else [piece, ""]
-            if len(held) >= width:  # no line could hold it: it need not be held back
-                whole, held = [*whole, held], ""
-            show(whole)
-    finally:  # Ctrl-C ends a text, too
-        show([held, "\n"])
-    return told.removeprefix(prompt)
-
-
-def _without_margin(pieces: Iterable[str]) -> Iterator[str]:
-    """The pieces without the white space before the first word: they begin a line."""
-    begun = False
-    for piece in pieces:
-        shown = piece if begun else piece.lstrip()
-        begun = begun or shown != ""
-        yield shown
-
-
-def _line(prompt: str) -> str | None:
-    """The next line of the input; None at its end, or at Ctrl-C."""
-    try:
-        return input(prompt).strip()
-    except (EOFError, KeyboardInterrupt):
-        if prompt:
-            print()
-        return None
-
-
-def _note(text: str) -> None:
-    """Something beside the text that a model writes: on stderr, dim on a terminal."""
-    print(f"\033[2m{text}\033[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
-
-
-def _rate(tokens: int, seconds: float) -> str:
-    return f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s"
 
 
 @contextlib.contextmanager

@@ -253,7 +253,7 @@ def test_a_file_with_another_content_is_refused(packages: Path, file: str):
 def test_names_in_an_archive_lead_nowhere(tmp_path: Path):
     """Whatever an archive says, what is taken is what is known, and nothing is written."""
     package, inside, _ = next(iter(FILES.values()))
-    hostile = [tarfile.TarInfo(name) for name in ("../escaped", "/tmp/escaped", "package/../../escaped")]
+    hostile = [tarfile.TarInfo(name) for name in ("../escaped", "/escaped", "package/../../escaped")]
     link = tarfile.TarInfo("package/" + inside.rpartition("/")[0])
     link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
     folder = pack(tmp_path / "packed", (*hostile, link))
