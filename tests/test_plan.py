@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 
+from gemlet import footprint
 from gemlet import plan as planning
 from gemlet.cli import main
 from gemlet.config import FULL, SLIDING, RunConfig, preset
 from gemlet.errors import GemletError
-from gemlet.plan import GPU_MEMORY_GIB, described, largest_micro_batch, plan, step_memory
+from gemlet.footprint import step_memory
+from gemlet.plan import GPU_MEMORY_GIB, described, largest_micro_batch, plan
 from gemlet.testing import tiny_config
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -41,7 +43,7 @@ def test_what_stays_is_counted_to_the_byte(optimizer: str, device: torch.device)
 def test_few_layers_tell_the_deep_model() -> None:
     """Extrapolated from five layers, and counted with all twelve: the same bytes, of two kinds of layers."""
     deep = _run({"num_hidden_layers": 12, "layer_types": (SLIDING, SLIDING, FULL) * 4}, sequence_length=64)
-    peaks = planning._peaks(deep, deep.model.layers, CPU)
+    peaks = footprint._peaks(deep, deep.model.layers, CPU)
     memory = step_memory(deep, CPU)
     counted = memory.total - memory.heap
     assert counted == pytest.approx(max(peak.total() for peak in peaks.values()), rel=0.01)
