@@ -10,6 +10,7 @@ read of 512 MiB in the same run.
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -43,11 +44,11 @@ def ids(count: int) -> list[int]:
 def gemlet(dtype: str, folder: Path, threads: int) -> Callable[[str, int], float]:
     import torch
 
-    from gemlet.checkpoint import map_model
-    from gemlet.decoder import Ready
+    from gemlet.folder import StoredModel
+    from gemlet.ready import Ready
 
     torch.set_num_threads(threads)
-    ready = Ready(map_model(folder / ("fp32" if dtype == "fp32" else "bf16")), dtype, wait=True)
+    ready = Ready(StoredModel(folder / ("fp32" if dtype == "fp32" else "bf16")), dtype, wait=True)
 
     def run(task: str, size: int) -> float:
         prompt = ids(size)
@@ -236,48 +237,58 @@ def context(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def memory(arguments: argparse.Namespace, folder: Path) -> None:
-    """Peak resident memory of a process that writes 256 tokens, next to one that has only imported torch."""
+    """Peak resident memory of a process that writes 256 tokens, and the parts of it."""
+    write = f"import gemlet; lm = gemlet.load({str(folder / 'bf16')!r}, 'cpu')"
     for name, code in {
+        "Python and what gemlet imports": "import gemlet; gemlet.load",
+        "the same with its model": write,
+        "256 tokens, bf16": f"{write}; lm.generate('x', seed=0)",
         "import torch": "import torch",
-        "256 tokens, bf16": f"import gemlet; gemlet.load({str(folder / 'bf16')!r}).generate('x', seed=0)",
     }.items():
-        subprocess.run([sys.executable, "-c", code], check=True)
         report = f"{code}\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        subprocess.run([sys.executable, "-c", report], check=True, capture_output=True)
         peak = subprocess.run([sys.executable, "-c", report], check=True, capture_output=True, text=True).stdout
-        print(f"memory: {name}: {int(peak.split()[-1]) / 1024:.0f} MiB")
+        print(f"memory: {name}: {int(peak.split()[-1]) / 1024:.0f} MiB", flush=True)
 
 
 def startup(arguments: argparse.Namespace, folder: Path) -> None:
-    """From the command to the first character."""
-    command = [
-        sys.executable,
-        "-m",
-        "gemlet",
-        "generate",
-        "--model",
-        str(folder / "bf16"),
-        "--prompt",
-        "Once",
-        "--seed",
-        "0",
-    ]
-    times = []
-    for _ in range(arguments.rounds):
-        start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        assert process.stdout is not None
-        process.stdout.read(5)
-        first = time.perf_counter() - start
-        process.stdout.read()
-        times.append((first, time.perf_counter() - start))
-    first, whole = (statistics.median(column) for column in zip(*times, strict=True))
-    print(f"startup: first token {first:.2f} s, all 256 {whole:.2f} s")
+    """From the command to the first character, and to the last of 256 tokens; `--model` is measured, too.
+
+    Three ways in turns: the kernel is there; it is compiled meanwhile, as the first time on a machine; torch alone, as
+    where there is no compiler.
+    """
+    models = {arguments.preset: str(folder / "bf16"), **({arguments.model: arguments.model} if arguments.model else {})}
+    for name, model in models.items():
+        times: dict[str, list[tuple[float, float]]] = {"kernel": [], "kernel compiled meanwhile": [], "torch alone": []}
+        told = set()
+        for _ in range(arguments.rounds):
+            with tempfile.TemporaryDirectory() as empty:
+                fresh = {"XDG_CACHE_HOME": empty}
+                for way, changes in zip(times, ({}, fresh, {**fresh, "PATH": "", "CXX": ""}), strict=True):
+                    first, last, text = _timed(model, {**os.environ, **changes})
+                    times[way].append((first, last))
+                    told.add(text)
+        assert len(told) == 1, "a text must not depend on the way"
+        for way, of_way in times.items():
+            first, last = (statistics.median(column) for column in zip(*of_way, strict=True))
+            print(f"startup: {name}, {way}: first token {first:.2f} s, all of them {last:.2f} s", flush=True)
+
+
+def _timed(model: str, environment: dict[str, str]) -> tuple[float, float, bytes]:
+    command = [sys.executable, "-m", "gemlet", "generate", "--model", model, "--prompt", "Once", "--seed", "0"]
+    start = time.perf_counter()
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    text = process.stdout.read(5)
+    first = time.perf_counter() - start
+    text += process.stdout.read()
+    return first, time.perf_counter() - start, text
 
 
 def guess(arguments: argparse.Namespace, folder: Path) -> None:
     """Stories of a trained model, `--model`, with and without guessing ahead: the same text, in turns."""
     import gemlet
-    from gemlet.decoder import NativeDecoder
+    from gemlet.native import NativeDecoder
 
     lm = gemlet.load(arguments.model)
     lm.generate("Once upon a time", seed=0)  # compiles the kernel
@@ -325,7 +336,7 @@ def main() -> None:
     parser.add_argument("questions", nargs="*", choices=["decode", "prefill", *QUESTIONS, []])
     parser.add_argument("--tokenizer", default="gpt2")
     parser.add_argument("--preset", default="gemma3-270m-gpt2")
-    parser.add_argument("--model", help="a trained model, for guess")
+    parser.add_argument("--model", help="a trained model, for guess and startup")
     parser.add_argument("--peers")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from gemlet.config import ModelConfig, preset
-from gemlet.decoder import decoder
 from gemlet.engine import Engine
-from gemlet.generate import SamplingParams
 from gemlet.model import Gemma, init_weights
+from gemlet.ready import decoder
+from gemlet.sampling import SamplingParams
 
 STREAMS = (1, 2, 4, 8, 16)
 PROMPT = 16

@@ -192,8 +192,9 @@ def decoding(args: argparse.Namespace, config: ModelConfig, rival: str, batch: i
     prompt = torch.randint(2, config.vocab_size, (32,), generator=torch.Generator().manual_seed(0)).tolist()
     config = config.replace(bos_token_id=None, eos_token_id=None)  # so that nothing ends early
     if rival == "gemlet":
-        from gemlet.generate import SamplingParams, generate_samples
+        from gemlet.generate import generate_samples
         from gemlet.model import Gemma, init_weights
+        from gemlet.sampling import SamplingParams
 
         model = init_weights(Gemma(config)).to(device, dtype)
         params = SamplingParams(max_new_tokens=new, temperature=0)

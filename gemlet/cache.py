@@ -59,9 +59,7 @@ class KVCache:
         self.max_length = max_length
         self.layers = []
         for i in range(config.num_hidden_layers):
-            window = config.window(i)
-            places = max_length if window is None else min(window + spare, max_length)
-            shape = (batch, config.num_key_value_heads, places, config.head_dim)
+            shape = (batch, config.num_key_value_heads, config.places(i, max_length, spare), config.head_dim)
             k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
             self.layers.append(LayerCache(k, v))
 

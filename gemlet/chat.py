@@ -11,14 +11,14 @@ for every reply; `_Kept`, the decoder under it, knows what it holds already and 
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
-from typing import Unpack
+from typing import Any, Unpack
 
-from torch import Tensor
-
-from gemlet.decoder import Decoder, Ready
+from gemlet.decoder import Decoder
 from gemlet.errors import GemletError
-from gemlet.generate import SamplingOptions, SamplingParams, generate
+from gemlet.generate import generate
 from gemlet.lm import LM, sampling_params
+from gemlet.ready import Ready
+from gemlet.sampling import SamplingOptions, SamplingParams
 
 TURN, END = "<start_of_turn>", "<end_of_turn>"
 """The special tokens around what one side says, in models that were trained to answer."""
@@ -137,7 +137,7 @@ class _Keeping(Ready):
     """A `Ready` with one decoder that stays, for text after text, of any length."""
 
     def __init__(self, ready: Ready):
-        super().__init__(ready.model, ready.format)
+        super().__init__(ready.source, ready.format)
         self._ready = ready
         self._kept: _Kept | None = None
 
@@ -159,18 +159,18 @@ class _Kept(Decoder):
 
     def __init__(self, decoder: Decoder):
         self.decoder, self.config = decoder, decoder.config
-        self.max_length, self.cache, self.guesses = decoder.max_length, decoder.cache, decoder.guesses
+        self.max_length, self.rings, self.guesses = decoder.max_length, decoder.rings, decoder.guesses
         self.held: list[int] = []
         self._given = 0  # the most it has held of this text: its rings have forgotten what lies far before
 
-    def step(self, tokens, slots, positions, wanted=None) -> Tensor:
+    def step(self, tokens, slots, positions, wanted=None) -> Any:
         """See `Decoder.step`."""
         self._go_back(positions[0], positions[-1] + 1)
         logits = self.decoder.step(tokens, slots, positions, wanted)
         self.held += tokens
         return logits
 
-    def prefill(self, slot: int, ids: Sequence[int], start: int = 0) -> Tensor:
+    def prefill(self, slot: int, ids: Sequence[int], start: int = 0) -> Any:
         """See `Decoder.prefill`."""
         text = [*self.held[:start], *ids]
         most = min(len(self.held), len(text) - 1)  # what follows the last token is asked for: it is always taken in
@@ -181,6 +181,10 @@ class _Kept(Decoder):
         logits = self.decoder.prefill(slot, text[same:], same)
         self.held = text
         return logits
+
+    def sample(self, logits, params, draws, texts) -> list[int]:
+        """See `Decoder.sample`."""
+        return self.decoder.sample(logits, params, draws, texts)
 
     def _go_back(self, length: int, end: int) -> None:
         """Count on `length` tokens alone until those up to `end` are in: Ctrl-C may come before."""

@@ -7,9 +7,7 @@
 `Checkpoints` is a run's row of such folders, each made in one move and checked by checksums. There is no pickle.
 """
 
-import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -23,15 +21,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemlet.config import ModelConfig
-from gemlet.errors import GemletError, did_you_mean
+from gemlet.errors import GemletError
 from gemlet.files import new_folder, recover, remove, whole_folder, writing
+from gemlet.folder import (
+    HEAD,
+    INDEX,
+    MANIFEST,
+    WEIGHTS,
+    bad_head,
+    check_weights,
+    fingerprint,
+    read_json,
+    some,
+    stored_in,
+    stored_weights,
+    verify,
+)  # fmt: skip
 from gemlet.model import Gemma
-from gemlet.tensors import Stored, is_finite, map_tensors, read_header, read_tensors, write_tensors
+from gemlet.safetensors import Stored
+from gemlet.tensors import equals, is_finite, read_into, read_tensors, write_tensors
 from gemlet.tokenizer import Tokenizer
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-MANIFEST, STATE = "train_state/manifest.json", "train_state/state.json"
+STATE = "train_state/state.json"
 SHARD_BYTES = 5 * 10**9
 """Weights beyond this are cut into several files, as transformers does."""
 
@@ -69,56 +80,6 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu", dtype: to
     return model
 
 
-def map_model(folder: str | Path) -> Gemma:
-    """`load_model` for reading only: on the CPU, each weight in the dtype it is stored in, mapped and not copied.
-
-    float16 and float64, which nothing here computes with on a CPU, are read as float32.
-    """
-    config, stored = stored_weights(folder)
-    if not {tensor.dtype for tensor in stored.values()} <= {torch.float32, torch.bfloat16}:
-        return load_model(folder)
-    with torch.device("meta"):
-        model = Gemma(config)
-    mapped = map_tensors({name: stored[name] for name in model.state_dict()})
-    model.load_state_dict(mapped, assign=True)
-    _check_values(stored, model)
-    return model
-
-
-def stored_weights(folder: str | Path) -> tuple[ModelConfig, dict[str, Stored]]:
-    """The configuration of a Hugging Face folder and its tensors by name, checked but not read.
-
-    Every tensor of the configuration is there by name and shape, in floating point, and nothing else but perhaps the
-    head of a tied model, which has to equal the embedding.
-    """
-    folder = Path(folder)
-    config = read_config(folder)
-    if (folder / MANIFEST).is_file():
-        verify(folder, r"[^/]+\.safetensors")
-    stored = _stored(folder)
-    held = sum(math.prod(tensor.shape) for tensor in stored.values())
-    if config.num_parameters > 10 * held:  # more than a few tensors to name, and perhaps more than a machine can hold
-        raise GemletError(f"{folder}: config.json makes {config.num_parameters:,} parameters, the files hold {held:,}")
-    with torch.device("meta"):
-        _check_weights(folder, stored, Gemma(config))
-    return config, stored
-
-
-def read_config(folder: str | Path) -> ModelConfig:
-    """The configuration of a Hugging Face folder; one line says what is wrong with the folder if it has none."""
-    folder = Path(folder)
-    if folder.suffix in PICKLES and folder.is_file():
-        raise pickle_error(folder)
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise GemletError(f"{folder} {what}; give a folder that holds config.json and {WEIGHTS}")
-    file = folder / "config.json"
-    if not file.is_file():
-        raise _incomplete(folder, "config.json")
-    values = _read_json(file)
-    return ModelConfig.from_hf(values, str(file))
-
-
 def write_model(
     folder: Path, model: Gemma, tokenizer: Tokenizer, dtype: torch.dtype | None, max_shard_bytes: int = SHARD_BYTES
 ) -> None:
@@ -147,30 +108,10 @@ def write_model(
     _write_json(folder / INDEX, {"metadata": {"total_size": _bytes(tensors, dtype)}, "weight_map": files})
 
 
-def _check_weights(folder: Path, stored: dict[str, Stored], model: Gemma) -> None:
-    """Check that the tensors of a folder are the model's, by name, kind and shape; none is read."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = model.lm_head is None and "lm_head.weight" in stored
-    if tied:  # superfluous, but harmless if it is the embedding: `_read_weights` compares them
-        wanted["lm_head.weight"] = wanted["model.embed_tokens.weight"]
-    missing, extra = [name for name in wanted if name not in stored], [name for name in stored if name not in wanted]
-    if missing or extra:
-        parts = [f"{_some(missing)} missing"] if missing else []
-        parts += [f"{_some(extra)} unknown{did_you_mean(extra[0], missing)}"] if extra else []
-        raise GemletError(f"{folder}: the weights are not those of config.json: {'; '.join(parts)}")
-    for name, tensor in stored.items():
-        if not tensor.dtype.is_floating_point:
-            raise GemletError(f"{tensor.file}: {name} is {_short(tensor.dtype)}, but weights are floating-point")
-        if tensor.shape != wanted[name]:
-            raise GemletError(
-                f"{tensor.file}: {name} is {list(tensor.shape)}, but config.json makes it {list(wanted[name])}"
-            )
-
-
 def _read_weights(stored: dict[str, Stored], model: Gemma) -> None:
     """Fill the model's weights, which are allocated and whose names and shapes are checked."""
     for name, target in model.state_dict().items():
-        stored[name].read_into(target)
+        read_into(stored[name], target)
     _check_values(stored, model)
 
 
@@ -178,74 +119,13 @@ def _check_values(stored: dict[str, Stored], model: Gemma) -> None:
     """Refuse weights that are not finite, and a head of a tied model that is not the embedding."""
     for name, target in model.state_dict().items():
         if not is_finite(target):
-            narrower = target.dtype == torch.float16 and stored[name].dtype != torch.float16
+            narrower = target.dtype == torch.float16 and stored[name].dtype != "float16"
             raise GemletError(
                 f"{stored[name].file}: {name} has values that are not finite in {_short(target.dtype)}"
                 + (", which ends at 65,504; take bf16 or fp32" if narrower else "")
             )
-    if model.lm_head is None and "lm_head.weight" in stored:
-        head = stored["lm_head.weight"]
-        if not head.equals(model.model.embed_tokens.weight):
-            raise GemletError(
-                f"{head.file}: lm_head.weight differs from the embedding, but config.json ties them; "
-                "set tie_word_embeddings to false there if the model has its own output head"
-            )
-
-
-def _stored(folder: Path) -> dict[str, Stored]:
-    """Everything that the weight files of a folder hold, by name."""
-    if (folder / WEIGHTS).is_file():
-        return _header(folder / WEIGHTS)
-    if not (folder / INDEX).is_file():
-        pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
-        raise pickle_error(pickles[0]) if pickles else _incomplete(folder, WEIGHTS)
-    index = _read_json(folder / INDEX).get("weight_map")
-    if not isinstance(index, dict) or not index:
-        raise GemletError(f"{folder / INDEX} has no weight_map; copy or download it again")
-    stored: dict[str, Stored] = {}
-    for name in index.values():
-        # a bare name: whatever a folder from elsewhere says, no path outside of it is opened
-        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
-            raise GemletError(f"{folder / INDEX} names {str(name)[:80]!r}, which is no safetensors file beside it")
-    for name in sorted(set(index.values())):
-        if not (folder / name).is_file():
-            raise _incomplete(folder, name)
-        header = _header(folder / name)
-        for tensor in header:
-            if index.get(tensor) != name:
-                raise GemletError(f"{folder / name} holds {tensor}, but {INDEX} has it in {index.get(tensor)}")
-        stored |= header
-    if len(stored) < len(index):
-        lost = [tensor for tensor in index if tensor not in stored]
-        raise GemletError(f"{folder / INDEX} lists {_some(lost)}, but the files do not hold it; download them again")
-    return stored
-
-
-def _header(path: Path) -> dict[str, Stored]:
-    with _reading(path):
-        return read_header(path)
-
-
-PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-
-
-def pickle_error(what: str | Path) -> GemletError:
-    """Weights that only a pickle holds, and how they become others."""
-    return GemletError(
-        f"{what} is a pickle: reading it can run any code, so gemlet does not. If you trust it, convert it to "
-        "safetensors with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
-    )
-
-
-def _incomplete(folder: Path, missing: str) -> GemletError:
-    """A folder that is not, or not wholly, a model's."""
-    if (folder / "checkpoints").is_dir():
-        return GemletError(f"{folder} is a run; its best model is {folder / 'checkpoints' / 'best'}")
-    there = sorted(path.name for path in folder.iterdir())
-    return GemletError(
-        f"{folder} is not a whole model: no {missing}; it holds {_some(there) if there else 'nothing'}. "
-        "Copy or save it again, or give another folder"
-    )
+    if model.lm_head is None and HEAD in stored and not equals(stored[HEAD], model.model.embed_tokens.weight):
+        raise bad_head(stored[HEAD])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,7 +190,7 @@ class Checkpoints:
                 message = f"{error}; going back to the checkpoint before it"
                 warn(message) if warn else print(message, file=sys.stderr)
         if folders:
-            raise GemletError(f"{self.root}: no checkpoint is whole ({_some([f.name for f in folders])}); start anew")
+            raise GemletError(f"{self.root}: no checkpoint is whole ({some([f.name for f in folders])}); start anew")
         return None
 
     def load(self, path: Path, model: Gemma | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -318,8 +198,8 @@ class Checkpoints:
         if path != self._verified:  # gigabytes are not read twice where `latest` has just done it
             verify(path)
         if model is not None:
-            stored = _stored(path)
-            _check_weights(path, stored, model)
+            stored = stored_in(path)
+            check_weights(path, stored, model.config)
             _read_weights(stored, model)
         return read_tensors(path / "train_state" / "optimizer.safetensors"), read_state(path)
 
@@ -358,39 +238,13 @@ class Checkpoints:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """What a checkpoint says beside its tensors: the `meta` of `Checkpoints.save`."""
-    return _read_json(folder / STATE)
-
-
-def verify(folder: Path, pattern: str = ".+") -> None:
-    """Compare the files of a checkpoint (whose names match) with its manifest; a GemletError says what is damaged.
-
-    Files that the manifest does not list, such as a README that was added, are nobody's business.
-    """
-    file = folder / MANIFEST
-    if not file.is_file():
-        raise GemletError(f"{folder} is not a whole checkpoint: no {MANIFEST}")
-    manifest = _read_json(file)
-    files = manifest.get("files")
-    if not isinstance(files, dict) or manifest.keys() != {"format", "files"} or manifest["format"] != 1:
-        raise GemletError(f"{file} is damaged")
-    for name, expected in files.items():
-        if not re.fullmatch(pattern, name):
-            continue
-        if not (folder / name).is_file():
-            raise GemletError(f"{folder} is damaged: {name} is missing; copy it again, or use another")
-        if _fingerprint(folder / name) != expected:
-            raise GemletError(f"{folder} is damaged: {name} is not what was saved; copy it again, or use another")
+    return read_json(folder / STATE)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     """Size and SHA-256 of every file."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {"format": 1, "files": {path.relative_to(folder).as_posix(): _fingerprint(path) for path in files}}
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with _reading(path), open(path, "rb") as file:
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"format": 1, "files": {path.relative_to(folder).as_posix(): fingerprint(path) for path in files}}
 
 
 def _step(folder: Path) -> int:
@@ -456,32 +310,8 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        with _reading(path):
-            value = json.loads(path.read_bytes().decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise GemletError(f"{path} is not JSON ({str(error)[:80]}); copy or download it again") from None
-    if not isinstance(value, dict):
-        raise GemletError(f"{path} is not a JSON object; copy or download it again")
-    return value
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise GemletError(f"cannot read {path}: {error.strerror}") from error
-
-
 def _bytes(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> int:
     return sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in tensors.values())
-
-
-def _some(names: list[str]) -> str:
-    """The first two of them, and how many more."""
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
 def _short(dtype: torch.dtype) -> str:

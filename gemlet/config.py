@@ -143,6 +143,11 @@ class ModelConfig(_Strict):
         """The sliding window of a layer, None for a full layer."""
         return self.sliding_window if self.layers[layer] == SLIDING else None
 
+    def places(self, layer: int, length: int, spare: int = 0) -> int:
+        """Tokens of a text of up to `length` whose keys and values a layer keeps: `spare` more than its window."""
+        window = self.window(layer)
+        return length if window is None else min(window + spare, length)
+
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
         """The `config.json` of a Hugging Face folder, with the position keys of both generations of transformers.
 

@@ -24,13 +24,10 @@ from itertools import count
 from threading import Condition, Thread
 from typing import Literal
 
-import torch
-from torch import Generator, Tensor
-
 from gemlet.decoder import Decoder
 from gemlet.errors import GemletError
-from gemlet.generate import SamplingParams, checked, generators, sample
 from gemlet.lm import TextWriter, stop_strings
+from gemlet.sampling import Draws, SamplingParams, checked, draws
 from gemlet.tokenizer import Tokenizer
 
 ALONE = 512
@@ -163,10 +160,7 @@ class _Request:
     """Tokens that may be written."""
     writer: TextWriter
     params: SamplingParams
-    """How tokens are drawn, without the seed and the limit: where it is equal they are drawn in one batch."""
-    generator: Generator
-    seen: Tensor | None = None
-    """[V], True for the tokens of prompt and text; there where the repetition penalty wants it."""
+    draws: Draws
 
 
 @dataclass(eq=False)
@@ -212,7 +206,7 @@ class Engine:
         self._queue: deque[_Request] = deque()
         self._closed = False
         self._worker = Thread(target=self._work, name="gemlet engine", daemon=True)
-        atexit.register(self.close)  # a thread inside torch must not outlive the interpreter
+        atexit.register(self.close)  # a thread that computes must not outlive the interpreter
         self._worker.start()
 
     def submit(
@@ -228,9 +222,7 @@ class Engine:
         ids, limit = checked(self.decoder.config, ids, params, self.decoder.max_length)
         stream = Stream(ids, self._cancel)
         writer = TextWriter(self.tokenizer.decoder(), stop_strings(stop))
-        request = _Request(
-            stream, limit, writer, replace(params, seed=None, max_new_tokens=0), generators(params, 1)[0]
-        )
+        request = _Request(stream, limit, writer, params, draws(params, 1)[0])
         with self._changed:
             if self._closed:
                 raise GemletError("the engine is closed; make another one")
@@ -272,10 +264,9 @@ class Engine:
     def _work(self) -> None:
         error: Exception = GemletError("the engine was closed before this text had ended; ask another one")
         try:
-            with torch.inference_mode():
-                while self._admit():
-                    self._prefill()
-                    self._decode()
+            while self._admit():
+                self._prefill()
+                self._decode()
         except Exception as defect:  # raised where the texts are read
             error = defect
         with self._changed:
@@ -359,20 +350,21 @@ class Engine:
             logits = self.decoder.step(
                 [slot.ids[-1] for slot in rows], [slot.index for slot in rows], [slot.held for slot in rows]
             )
-            finite = logits.sum(-1).isfinite().tolist()
-            tokens = _sample([slot.request for slot in rows if slot.request], logits)
+            asked = [slot.request for slot in rows if slot.request]
+            how, numbers = [request.params for request in asked], [request.draws for request in asked]
+            tokens = self.decoder.sample(logits, how, numbers, [slot.ids for slot in rows])
         except Exception as error:
             for slot in rows:
                 self._leave(slot, "error", error=error)
             return
         self._stats.steps += 1
-        for slot, token, sound in zip(rows, tokens, finite, strict=True):
+        for slot, token in zip(rows, tokens, strict=True):
             slot.held += 1
             slot.given = max(slot.given, slot.held)
-            if sound:
-                self._write(slot, token)
-            else:
+            if token < 0:
                 self._leave(slot, "error", error=_not_finite(slot.held))
+            else:
+                self._write(slot, token)
 
     def _write(self, slot: _Slot, token: int) -> None:
         """Pass a token on, and free the slot if it was the last one."""
@@ -431,31 +423,6 @@ class Engine:
 
     def _free(self) -> int:
         return len(self._slots) - self._running()
-
-
-def _sample(requests: list[_Request], logits: Tensor) -> list[int]:
-    """One token for each request, from logits [R, V]; those that draw alike are drawn in one batch."""
-    alike: dict[SamplingParams, list[int]] = {}
-    for row, request in enumerate(requests):
-        alike.setdefault(request.params, []).append(row)
-    tokens = [0] * len(requests)
-    for params, rows in alike.items():
-        drawing = [requests[row] for row in rows]
-        some = logits if len(rows) == len(requests) else logits[rows]
-        seen = torch.stack([_seen(request, logits) for request in drawing]) if params.repetition_penalty != 1 else None
-        drawn = sample(some, params, [request.generator for request in drawing], seen).tolist()
-        for row, token in zip(rows, drawn, strict=True):
-            tokens[row] = token
-    return tokens
-
-
-def _seen(request: _Request, logits: Tensor) -> Tensor:
-    """The tokens that have occurred, [V], kept up from step to step."""
-    if request.seen is None:
-        request.seen = torch.zeros_like(logits[0], dtype=torch.bool)
-        request.seen[request.stream.prompt_ids] = True
-    request.seen[request.stream.tokens[-1:]] = True
-    return request.seen
 
 
 def _not_finite(length: int) -> GemletError:

@@ -8,25 +8,27 @@ returns for the same arguments.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Literal, Unpack, overload
+from typing import TYPE_CHECKING, Literal, Unpack, overload
 
-import torch
-from torch import Tensor
-
-from gemlet.checkpoint import PICKLES, load_model, map_model, pickle_error, read_config
-from gemlet.config import ModelConfig
-from gemlet.decoder import Ready
-from gemlet.device import DTYPES, pick_device
 from gemlet.errors import GemletError, did_you_mean
-from gemlet.generate import SamplingOptions, SamplingParams, generate, generate_samples
+from gemlet.folder import PICKLES, StoredModel, pickle_error, read_config
+from gemlet.generate import generate, generate_samples
+from gemlet.host import may_have_gpu
 from gemlet.hub import may_be_name, repository
-from gemlet.model import Gemma
+from gemlet.ready import Ready
+from gemlet.sampling import SamplingOptions, SamplingParams
 from gemlet.tokenizer import IncrementalDecoder, Tokenizer
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-def load(source: str | Path, device: str = "auto", dtype: str | torch.dtype = "auto") -> "LM":
+    from gemlet.config import ModelConfig
+    from gemlet.model import Gemma
+
+
+def load(source: str | Path, device: str = "auto", dtype: "str | torch.dtype" = "auto") -> "LM":
     """Load a model with its tokenizer.
 
     `source` is a checkpoint folder, any Gemma 3 text folder that transformers wrote, a run's folder (its best
@@ -35,44 +37,70 @@ def load(source: str | Path, device: str = "auto", dtype: str | torch.dtype = "a
     matrices are kept for writing text on a CPU; everything else goes on as with auto. A CPU computes in float32
     whatever the dtype. Raises GemletError for anything that is not such a model.
     """
-    weights = WEIGHTS.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if weights not in (*WEIGHTS.values(), "int8", "int4"):
-        raise GemletError(
-            f"dtype is {dtype!r}, but must be {', '.join(WEIGHTS)}, int8, int4, or torch's dtype for one of them"
-        )
-    place, folder = pick_device(device), model_folder(source)
+    if isinstance(dtype, str) and dtype not in WEIGHTS:
+        raise GemletError(f"dtype is {dtype!r}, but must be {', '.join(WEIGHTS)}, or torch's dtype for one of them")
+    if dtype in MAPPED and (device == "cpu" or (device == "auto" and not may_have_gpu())):
+        return LM(*_mapped(source), str(dtype))  # without torch, which takes seconds to load
+    import torch
+
+    from gemlet.checkpoint import load_model
+    from gemlet.device import DTYPES, pick_device
+
+    place = pick_device(device)
+    if dtype in ("int8", "int4") and place.type != "cpu":
+        raise GemletError(f"{dtype} is for a CPU, but the device is {place}; take bf16, or the device cpu")
+    if dtype in MAPPED:
+        stored, tokenizer = _mapped(source)
+        if place.type == "cpu":
+            return LM(stored, tokenizer, str(dtype))
+        model = Ready(stored).model.to(place)
+        model.compute_in(None)
+        return LM(model, tokenizer)
+    weights = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    if weights not in DTYPES.values():
+        raise GemletError(f"dtype is {dtype}, but must be one of {', '.join(map(str, DTYPES.values()))}")
+    folder = model_folder(source)
     read_config(folder)
-    if isinstance(weights, str) and place.type != "cpu":
-        raise GemletError(f"{weights} is for a CPU, but the device is {place}; take bf16, or the device cpu")
-    # first: what reading a large one takes for a moment is not on top of the weights
     tokenizer = Tokenizer.load(folder)
-    model = load_model(folder, place, weights) if isinstance(weights, torch.dtype) else map_model(folder).to(place)
+    model = load_model(folder, place, weights)
     if place.type == "cpu":
         model.compute_in(torch.float32)
-    return LM(model, tokenizer, weights if isinstance(weights, str) else "auto")
+    return LM(model, tokenizer)
 
 
-WEIGHTS = {"auto": None, **DTYPES}
-"""What `dtype` may be, and torch's name for it."""
+MAPPED = ("auto", "int8", "int4")
+"""What `dtype` may be that leaves the weights as they are stored."""
+WEIGHTS = ("auto", "fp32", "bf16", "fp16", "int8", "int4")
+
+
+def _mapped(source: str | Path) -> tuple[StoredModel, Tokenizer]:
+    folder = model_folder(source)
+    read_config(folder)
+    # the tokenizer first: what reading a large one takes for a moment is not on top of the weights
+    tokenizer = Tokenizer.load(folder)
+    return StoredModel(folder), tokenizer
 
 
 class LM:
-    """A language model: `model` and `tokenizer`, and text through both."""
+    """A language model: `model` and `tokenizer`, and text through both.
 
-    def __init__(self, model: Gemma, tokenizer: Tokenizer, weights: str = "auto"):
-        self.model = model
+    `weights` says how the matrices are kept for writing on a CPU: auto (as they are), or one of `quantise.FORMATS`.
+    """
+
+    def __init__(self, model: "Gemma | StoredModel", tokenizer: Tokenizer, weights: str = "auto"):
         self.tokenizer = tokenizer
-        self.weights = weights
-
-    @cached_property
-    def ready(self) -> Ready:
-        """The model made ready to write, when it does so for the first time: `weights` says how matrices are kept."""
-        return Ready(self.model, self.weights)
+        self.ready = Ready(model, weights)
+        """The model made ready to write."""
 
     @property
-    def config(self) -> ModelConfig:
+    def model(self) -> "Gemma":
+        """The model in torch, which is loaded when it is first asked for."""
+        return self.ready.model
+
+    @property
+    def config(self) -> "ModelConfig":
         """The model's shape."""
-        return self.model.config
+        return self.ready.config
 
     @overload
     def generate(
@@ -99,7 +127,7 @@ class LM:
 
         An empty prompt lets the model begin by itself. A continuation ends with the model's end token, before the
         first of the `stop` strings, or when `max_new_tokens` or the context is used up. The other arguments are the
-        fields of `gemlet.generate.SamplingParams`: max_new_tokens, temperature, top_k, top_p, min_p,
+        fields of `gemlet.sampling.SamplingParams`: max_new_tokens, temperature, top_k, top_p, min_p,
         repetition_penalty, seed. Sample i is what seed + i gives alone.
         """
         texts = [""] * (num_samples if isinstance(num_samples, int) else 0)
@@ -125,12 +153,13 @@ class LM:
         tokens = generate(self.ready, self.tokenizer.prompt_ids(prompt), sampling_params(sampling))
         return _pieces(tokens, TextWriter(self.tokenizer.decoder(), stop_strings(stop)))
 
-    @torch.no_grad()
-    def logits(self, ids: Sequence[int] | Tensor) -> Tensor:
+    def logits(self, ids: "Sequence[int] | Tensor") -> "Tensor":
         """The logits [B, T, V], float32, of what follows each token of `ids`: one sequence, or a LongTensor [B, T].
 
         The ids are taken as they are: begin with `tokenizer.bos_token_id` what the model should see as a beginning.
         """
+        import torch
+
         batch = torch.as_tensor(ids)
         batch = batch[None] if batch.ndim == 1 else batch
         vocabulary, context = self.config.vocab_size, self.config.max_position_embeddings
@@ -141,7 +170,8 @@ class LM:
             raise GemletError(f"ids hold {wrong}, but the model's vocabulary is 0 to {vocabulary - 1}")
         if batch.shape[1] > context:
             raise GemletError(f"ids have {batch.shape[1]} tokens, but the model's context is {context}; give fewer")
-        return self.model(batch.to(self.model.device, torch.long))
+        with torch.no_grad():
+            return self.model(batch.to(self.model.device, torch.long))
 
 
 class TextWriter:

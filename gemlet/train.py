@@ -23,12 +23,13 @@ from gemlet.device import DTYPES, can_compile, pick_device, pick_precision
 from gemlet.errors import GemletError, TrainingError
 from gemlet.evaluate import Evaluation, eager, evaluate_tokens
 from gemlet.files import write_text
-from gemlet.generate import SamplingParams, generate
+from gemlet.generate import generate
 from gemlet.loss import linear_cross_entropy
 from gemlet.metrics import RunLog, draw_loss, flops_per_token, peak_flops, peak_memory_gib, preparation
 from gemlet.model import Gemma, init_weights
 from gemlet.optim import export_state, import_state, lr_at, make_optimizers, set_lr
 from gemlet.prepare import Meta, load_meta, prepare, verify
+from gemlet.sampling import SamplingParams
 from gemlet.tokenizer import Tokenizer
 
 COMPILE_PAYS = {"cpu": 2e13, "cuda": 1e16}

@@ -248,7 +248,7 @@ class Eval(Documents):
 class Writing:
     """The flags of a verb that lets a model write."""
 
-    # The sampling flags are the fields of generate.SamplingParams, written again because that file needs torch;
+    # The sampling flags are the fields of sampling.SamplingParams, written again because that file needs torch;
     # a test holds the two together.
     model: str
     """A run or a checkpoint of it, any Hugging Face Gemma 3 text folder, or a hub name."""
@@ -273,7 +273,7 @@ class Writing:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The fields of `generate.SamplingParams`."""
+        """The fields of `sampling.SamplingParams`."""
         names = {field.name for field in dataclasses.fields(Writing)} - {"model", "weights", "device"}
         return {name: getattr(self, name) for name in names}
 

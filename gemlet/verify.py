@@ -26,12 +26,12 @@ from rich import box
 from rich.table import Table
 
 from gemlet import runtimes
-from gemlet.checkpoint import read_config
-from gemlet.decoder import decoder
 from gemlet.errors import GemletError
 from gemlet.export.gguf import export_gguf
+from gemlet.folder import read_config
 from gemlet.lm import LM, load, model_folder
 from gemlet.model import Gemma
+from gemlet.ready import decoder
 from gemlet.testing import HARD_TEXTS
 
 NEW_TOKENS = 64

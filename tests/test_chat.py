@@ -19,9 +19,10 @@ from gemlet.checkpoint import save_model
 from gemlet.cli import main
 from gemlet.decoder import Decoder
 from gemlet.errors import GemletError
-from gemlet.generate import SamplingParams, generate
+from gemlet.generate import generate
 from gemlet.kernels.build import library
 from gemlet.lm import LM, load
+from gemlet.sampling import SamplingParams
 from gemlet.testing import HARD_TEXTS, TINY_VOCABULARY, tiny_model, tiny_tokenizer
 from gemlet.tokenizer import Tokenizer
 
@@ -74,6 +75,9 @@ class Watched(Decoder):
 
     def prefill(self, slot, ids, start=0):
         return self._watched(self.inner.prefill(slot, ids, start), len(ids))
+
+    def sample(self, logits, params, draws, texts):
+        return self.inner.sample(logits, params, draws, texts)
 
     def _watched(self, logits, taken):
         self.calls, self.ids = self.calls + 1, self.ids + taken

@@ -20,10 +20,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from gemlet import tensors
-from gemlet.checkpoint import Checkpoints, load_model, read_config, run_lock, save_model, verify
+import gemlet.tensors
+from gemlet.checkpoint import Checkpoints, load_model, run_lock, save_model
 from gemlet.errors import GemletError, TrainingError
+from gemlet.folder import read_config, verify
 from gemlet.model import Gemma
+from gemlet.safetensors import read_header
 from gemlet.testing import tiny_config, tiny_model, tiny_tokenizer
 
 FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
@@ -79,7 +81,7 @@ def test_round_trip_to_the_byte(tmp_path: Path, tied: bool):
     assert content(tmp_path / "a") == content(tmp_path / "b")
     assert sorted(content(tmp_path / "a")) == FILES
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
-    assert ("lm_head.weight" in tensors.read_header(tmp_path / "a" / "model.safetensors")) is not tied
+    assert ("lm_head.weight" in read_header(tmp_path / "a" / "model.safetensors")) is not tied
 
 
 def test_another_dtype_on_the_way_out_and_in(tmp_path: Path):
@@ -109,7 +111,7 @@ def test_a_folder_that_is_in_use_is_not_saved_to(folder: Path):
 def test_loading_takes_the_memory_of_the_weights(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Nothing as large as the largest weight is allocated besides the weights themselves."""
     load_model(folder)  # torch.device() collects the functions it applies to once, and should find the real torch.empty
-    monkeypatch.setattr(tensors, "PIECE", 64)
+    monkeypatch.setattr(gemlet.tensors, "PIECE", 64)
     model, largest, made = small(), 0, torch.empty
 
     def watched(*shape: Any, **options: Any) -> Tensor:
@@ -544,7 +546,8 @@ KILLED = """
     torch.set_num_threads(1)
     sys.path.insert(0, {tests!r})
     from test_checkpoint import Interrupted, check, save, small, tiny_tokenizer
-    from gemlet.checkpoint import Checkpoints, verify
+    from gemlet.checkpoint import Checkpoints
+    from gemlet.folder import verify
 
     checkpoints = Checkpoints({root!r}, keep=1)
     tiny_tokenizer()

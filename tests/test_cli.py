@@ -244,7 +244,7 @@ def test_a_reader_that_leaves_early_is_no_error():
 
 
 def test_the_sampling_flags_are_those_of_sampling_params():
-    from gemlet.generate import SamplingParams
+    from gemlet.sampling import SamplingParams
 
     def fields(kind: type) -> dict[str, tuple[object, object, str]]:
         body = ast.parse(inspect.getsource(kind)).body[0]

@@ -3,9 +3,14 @@
 import pytest
 import torch
 
-from gemlet.decoder import SPARE, BatchDecoder, NativeDecoder, NativeWeights, Ready, TorchDecoder, rounded
+from gemlet.decoder import SPARE
+from gemlet.eager import BatchDecoder, TorchDecoder, arrays, cache_dtype, rounded
 from gemlet.kernels.build import library
+from gemlet.model import rope_frequencies
+from gemlet.native import NativeDecoder, NativeWeights
+from gemlet.native import rope_frequencies as native_frequencies
 from gemlet.quantise import FORMATS
+from gemlet.ready import Ready
 from gemlet.testing import tiny_model
 
 LENGTH = 100  # twelve windows, and more than a ring with its spare places
@@ -19,7 +24,7 @@ KERNEL = library("decode")
 
 def native(model, slots, max_length, format="fp32"):
     assert KERNEL is not None
-    return NativeDecoder(NativeWeights(KERNEL, model, format), slots, max_length)
+    return NativeDecoder(NativeWeights(KERNEL, model.config, arrays(model), format), slots, max_length)
 
 
 @pytest.fixture(params=["torch", "native", "batch"])
@@ -29,18 +34,24 @@ def make(request):
     return lambda: {"torch": TorchDecoder, "native": native, "batch": BatchDecoder}[request.param](MODEL, 3, LENGTH)
 
 
+def tensor(logits):
+    """Logits of any decoder as a tensor of torch."""
+    return torch.as_tensor(logits)
+
+
 def close(logits, expected):
-    torch.testing.assert_close(logits, expected, atol=3e-5, rtol=1e-5)
+    torch.testing.assert_close(tensor(logits), tensor(expected), atol=3e-5, rtol=1e-5)
 
 
-def exactly(logits, expected):
-    assert torch.equal(logits, expected)
+def same(logits, others):
+    """To the last bit."""
+    return torch.equal(tensor(logits), tensor(others))
 
 
 def test_token_by_token_equals_no_cache(make):
     decoder = make()
     got = [decoder.step([row[at] for row in IDS], [0, 1, 2], [at] * 3) for at in range(LENGTH)]
-    close(torch.stack(got, 1), EXPECTED)
+    close(torch.stack([tensor(row) for row in got], 1), EXPECTED)
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 63, 64, 65, 72, 73, LENGTH])
@@ -54,13 +65,13 @@ def test_a_prompt_equals_no_cache_and_goes_on(make, length):
 def test_a_row_is_the_same_whatever_stands_beside_it(make):
     alone, together = make(), make()
     for row, length in enumerate((5, 40, 71)):
-        assert torch.equal(alone.prefill(row, IDS[row][:length]), together.prefill(row, IDS[row][:length]))
+        assert same(alone.prefill(row, IDS[row][:length]), together.prefill(row, IDS[row][:length]))
     for step in range(25):
         places = [5 + step, 40 + step, 71 + step]
         tokens = [row[at] for row, at in zip(IDS, places, strict=True)]
         both = together.step(tokens, [0, 1, 2], places)
         for row in (2, 0, 1):
-            assert torch.equal(alone.step(tokens[row : row + 1], [row], places[row : row + 1])[0], both[row])
+            assert same(alone.step(tokens[row : row + 1], [row], places[row : row + 1])[0], both[row])
 
 
 @pytest.mark.parametrize("rows", [2, 5, SPARE])
@@ -74,13 +85,13 @@ def test_several_rows_of_a_slot_are_as_many_steps(make, rows):
         got = several.step(ids[start : start + rows], [0] * rows, places)
         for i, at in enumerate(places):
             alone = one.step([ids[at]], [0], [at])[0]
-            close(alone, got[i]) if isinstance(one, BatchDecoder) else exactly(alone, got[i])
+            close(alone, got[i]) if isinstance(one, BatchDecoder) else same(alone, got[i]) or pytest.fail()
 
 
 def test_only_the_wanted_logits_come(make):
     first, second = make(), make()
     arguments = (IDS[0][:4], [0, 0, 0, 2], [0, 1, 2, 0])
-    assert torch.equal(first.step(*arguments)[[3, 1]], second.step(*arguments, wanted=[3, 1]))
+    assert same(first.step(*arguments)[[3, 1]], second.step(*arguments, wanted=[3, 1]))
 
 
 @pytest.mark.parametrize("back", [1, 3, SPARE])
@@ -143,14 +154,14 @@ def test_the_kernel_computes_what_torch_does_with_the_same_values(shape, format)
     length = min(model.config.max_position_embeddings, 240)
     ids = torch.randint(0, model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(2)).tolist()
     kernel = native(model, 2, length, format)
-    reference = TorchDecoder(rounded(model, format), 1, length, kernel.cache.layers[0].k.dtype)
+    reference = TorchDecoder(rounded(model, format), 1, length, cache_dtype(format))
     half = length // 2
-    got = [kernel.step(ids[:half], [1] * half, range(half))] if half <= SPARE else []
+    got = [tensor(kernel.step(ids[:half], [1] * half, range(half)))] if half <= SPARE else []
     expected = [torch.stack([reference.step([ids[at]], [0], [at])[0] for at in range(half)])]
     if not got:
-        got = [torch.cat([kernel.step([ids[at]], [1], [at]) for at in range(half)])]
+        got = [torch.cat([tensor(kernel.step([ids[at]], [1], [at])) for at in range(half)])]
     for at in range(half, length):
-        got.append(kernel.step([ids[at]], [1], [at]))
+        got.append(tensor(kernel.step([ids[at]], [1], [at])))
         expected.append(reference.step([ids[at]], [0], [at]))
     # a cache in bf16 rounds what differs in the last bit of float32 to neighbours now and then
     tolerance = 1e-4 if format == "fp32" else 0.05
@@ -166,10 +177,10 @@ def test_a_prompt_gives_the_same_bits_however_it_is_cut(format):
     for size in (1, 2, 3, 4, 5, 17, 64, 4):
         got = parts.prefill(0, ids[at : at + size], at)
         at += size
-    assert at == LENGTH and torch.equal(last, got)
+    assert at == LENGTH and same(last, got)
     for at in range(LENGTH):
         got = single.step([ids[at]], [0], [at])[0]
-    assert torch.equal(last, got)
+    assert same(last, got)
 
 
 @needs_compiler
@@ -181,22 +192,27 @@ def test_the_number_of_threads_changes_no_bit():
             answers.append(native(MODEL, 1, LENGTH).prefill(0, IDS[0]))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
+    assert same(answers[0], answers[1]) and same(answers[0], answers[2])
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_in_their_own_dtype_are_not_copied(dtype):
     model = tiny_model(0).to(dtype)
-    weights = NativeWeights(KERNEL, model, Ready(model).format)  # type: ignore
+    weights = NativeWeights(KERNEL, model.config, arrays(model), Ready(model).format)  # type: ignore
     assert weights.head.values == model.head_weight.data_ptr()
     assert weights.layers[2].up_proj.values == model.get_parameter("model.layers.2.mlp.up_proj.weight").data_ptr()
 
 
+@pytest.mark.parametrize(("size", "base"), [(256, 10_000.0), (256, 1_000_000.0), (64, 10_000.0), (6, 500.0)])
+def test_positions_turn_as_far_as_in_the_model(size, base):
+    torch.testing.assert_close(tensor(native_frequencies(size, base)), rope_frequencies(size, base), atol=0, rtol=2e-7)
+
+
 def test_without_a_compiler_torch_answers(monkeypatch):
-    monkeypatch.setattr("gemlet.decoder.library", lambda name, wait: None)
+    monkeypatch.setattr("gemlet.ready.library", lambda name, wait: None)
     for format in ("auto", *FORMATS):
         decoder = Ready(MODEL, format).decoder(1, LENGTH)
         assert isinstance(decoder, TorchDecoder)
         atol = {"auto": 3e-5, "fp32": 3e-5, "bf16": 0.3, "int8": 0.3, "int4": 8}[format]
-        torch.testing.assert_close(decoder.prefill(0, IDS[0]), EXPECTED[0, -1], atol=atol, rtol=0)
+        torch.testing.assert_close(tensor(decoder.prefill(0, IDS[0])), EXPECTED[0, -1], atol=atol, rtol=0)

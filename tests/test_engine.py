@@ -9,11 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemlet.decoder import TorchDecoder, decoder
+from gemlet.eager import TorchDecoder
 from gemlet.engine import ALONE, BETWEEN, MIN_SHARED, Engine, QueueFull
 from gemlet.errors import GemletError
-from gemlet.generate import SamplingParams, generate
+from gemlet.generate import generate
 from gemlet.lm import LM
+from gemlet.ready import decoder
+from gemlet.sampling import SamplingParams
 from gemlet.testing import tiny_model, tiny_tokenizer
 
 CONTEXT = 400
@@ -184,9 +186,9 @@ def test_no_tokens_are_an_empty_text():
 
 def test_memory_is_that_of_the_slots_whatever_comes():
     decoder = Script(slots=2)
-    before = [layer.k.data_ptr() for layer in decoder.cache.layers]
+    before = [keys.data_ptr() for keys, _ in decoder.rings]
     streams, stats = at_once(decoder, [(prompt, params()) for prompt in PROMPTS])
-    assert [layer.k.data_ptr() for layer in decoder.cache.layers] == before
+    assert [keys.data_ptr() for keys, _ in decoder.rings] == before
     assert {slot for name, *slots in decoder.calls if name == "step" for slot in slots} == {0, 1}
     assert max(len(call) - 1 for call in decoder.calls if call[0] == "step") == 2
     assert stats.finished == len(streams) == len(PROMPTS)
@@ -469,7 +471,7 @@ def test_what_cannot_be_continued_is_refused_at_once(request_, message):
 def test_logits_that_are_not_finite_end_their_own_request():
     class Poisoned(Script):
         def step(self, tokens, slots, positions, wanted=None):
-            logits = super().step(tokens, slots, positions, wanted)
+            logits = super().step(tokens, slots, positions, wanted).clone()
             logits[[p == 8 and s == 1 for p, s in zip(positions, slots, strict=True)], 5] = torch.nan
             return logits
 

@@ -14,7 +14,7 @@ from gemlet.checkpoint import save_model
 from gemlet.errors import GemletError
 from gemlet.export import web
 from gemlet.export.web import BEGINNINGS, FILES, PACKAGES, WLLAMA, cache_folder, export_web, fetch_wllama, read_wllama
-from gemlet.generate import SamplingParams
+from gemlet.sampling import SamplingParams
 from gemlet.testing import tiny_model, tiny_tokenizer
 
 ARCHIVES = ("wllama-wllama-3.13.0.tgz", "wllama-wllama-compat-3.13.0.tgz")

@@ -6,20 +6,12 @@ from itertools import islice
 import pytest
 import torch
 
-import gemlet.decoder
-import gemlet.generate
-from gemlet.decoder import TorchDecoder
+import gemlet.ready
+from gemlet import eager, sampling
+from gemlet.eager import TorchDecoder, generate_uncached
 from gemlet.errors import GemletError
-from gemlet.generate import (
-    Lookup,
-    SamplingParams,
-    generate,
-    generate_samples,
-    generate_uncached,
-    penalise,
-    probabilities,
-    sample,
-)
+from gemlet.generate import Lookup, generate, generate_samples
+from gemlet.sampling import Draws, SamplingParams
 from gemlet.testing import tiny_model
 
 PROMPT = [0, 17, 301, 44, 5]
@@ -31,12 +23,32 @@ def params(**changes):
     return SamplingParams(**{"max_new_tokens": LONG, "seed": 0, **changes})
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def random_logits(rows=1, size=320, seed=0):
-    return torch.randn(rows, size, generator=generator(seed)) * 3
+    return torch.randn(rows, size, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+class Numpy:
+    """`gemlet.sampling` with the signatures of `gemlet.eager`, whose rows are batches."""
+
+    @staticmethod
+    def penalise(logits, seen, penalty):
+        rows = zip(logits, seen, strict=True)
+        return torch.stack(
+            [torch.from_numpy(sampling.penalise(r.numpy(), s.nonzero().flatten().tolist(), penalty)) for r, s in rows]
+        )
+
+    @staticmethod
+    def probabilities(logits, params):
+        return torch.stack([torch.from_numpy(sampling.probabilities(row.numpy(), params)) for row in logits])
+
+    @staticmethod
+    def sample(logits, params, draws, seen=None):
+        texts = [()] * len(draws) if seen is None else [row.nonzero().flatten().tolist() for row in seen]
+        rows = zip(logits, draws, texts, strict=True)
+        return torch.tensor([sampling.sample(row.numpy(), params, draw, text) for row, draw, text in rows])
+
+
+both = pytest.mark.parametrize("way", [eager, Numpy], ids=["torch", "numpy"])
 
 
 # ---- what is allowed
@@ -74,30 +86,61 @@ def test_the_ends_of_the_ranges_are_allowed():
 # ---- one token
 
 
-def test_extreme_values_still_give_a_distribution():
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**32 + 5, 2**62])
+def test_a_seed_draws_what_torch_draws(seed):
+    generator, draw = torch.Generator().manual_seed(seed), Draws(seed)
+    assert [draw() for _ in range(1000)] == [torch.rand(1, generator=generator).item() for _ in range(1000)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"temperature": 0},
+        {"temperature": 1.3, "top_p": 1.0},
+        {"top_k": 7, "top_p": 1.0},
+        {"top_k": 40, "top_p": 0.8, "min_p": 0.02, "repetition_penalty": 1.3},
+        {"temperature": 3.0, "top_p": 0.4},
+    ],
+    ids=str,
+)
+def test_numpy_draws_what_torch_draws(changes):
+    how, logits = params(**changes), random_logits(200, size=5000)
+    seen = torch.rand(logits.shape, generator=torch.Generator().manual_seed(0)) < 0.1
+    numbers = [[Draws(i) for i in range(200)] for _ in range(2)]
+    assert torch.equal(eager.sample(logits, how, numbers[0], seen), Numpy.sample(logits, how, numbers[1], seen))
+    if how.temperature:
+        expected = eager.probabilities(logits, how)
+        torch.testing.assert_close(Numpy.probabilities(logits, how), expected, atol=1e-7, rtol=1e-4)
+
+
+@both
+def test_extreme_values_still_give_a_distribution(way):
     logits = torch.cat((random_logits(), torch.full((1, 320), -50.0), 1e30 * random_logits(seed=1)))
-    seen = torch.rand(logits.shape, generator=generator()) < 0.5
+    seen = torch.rand(logits.shape, generator=torch.Generator().manual_seed(0)) < 0.5
     for temperature in (1e-320, 1e-10, 1.0, 1e9, 1e308):
         for penalty in (1e-300, 1.0, 1e308):
             for top_k, top_p, min_p in ((None, 1.0, 0.0), (10**9, 1e-300, 1.0), (1, 0.5, 0.5)):
-                p = probabilities(
-                    penalise(logits, seen, penalty),
+                p = way.probabilities(
+                    way.penalise(logits, seen, penalty),
                     SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
                 )
                 torch.testing.assert_close(p.sum(-1), torch.ones(3))
                 assert (p >= 0).all()
 
 
-def test_tiny_temperatures_are_greedy_and_huge_ones_uniform():
+@both
+def test_tiny_temperatures_are_greedy_and_huge_ones_uniform(way):
     logits = random_logits(4)
     for temperature in (0, 1e-320, 1e-10, 1e-3):
-        drawn = sample(logits, params(temperature=temperature), [generator(i) for i in range(4)])
+        drawn = way.sample(logits, params(temperature=temperature), [Draws(i) for i in range(4)])
         assert torch.equal(drawn, logits.argmax(-1))
-    p = probabilities(logits, params(temperature=1e9, top_p=1.0))
+    p = way.probabilities(logits, params(temperature=1e9, top_p=1.0))
     torch.testing.assert_close(p, torch.full_like(p, 1 / 320), atol=1e-9, rtol=1e-4)
 
 
-def test_each_step_keeps_what_its_definition_says():
+@both
+def test_each_step_keeps_what_its_definition_says(way):
     p = torch.tensor([[0.4, 0.05, 0.3, 0.25]])
     for changes, kept in (
         ({"top_k": 2}, [0, 2]),
@@ -109,44 +152,47 @@ def test_each_step_keeps_what_its_definition_says():
         ({"min_p": 0.76}, [0]),
         ({"top_k": 3, "top_p": 0.72}, [0, 2]),  # top-p counts among what top-k left: 0.4 and 0.3 of 0.95
     ):
-        got = probabilities(p.log(), SamplingParams(**{"temperature": 1, "top_p": 1.0, **changes}))[0]
+        got = way.probabilities(p.log(), SamplingParams(**{"temperature": 1, "top_p": 1.0, **changes}))[0]
         assert got.nonzero().flatten().tolist() == kept, changes
         torch.testing.assert_close(got[kept], p[0, kept] / p[0, kept].sum())
 
 
-def test_equally_likely_tokens_are_all_kept():
-    p = probabilities(torch.zeros(1, 50), SamplingParams(temperature=1, top_p=0.49))
+@both
+def test_equally_likely_tokens_are_all_kept(way):
+    p = way.probabilities(torch.zeros(1, 50), SamplingParams(temperature=1, top_p=0.49))
     assert (p > 0).sum() == 25
-    assert (probabilities(torch.zeros(1, 50), SamplingParams(top_k=3, top_p=1.0)) > 0).all()
+    assert (way.probabilities(torch.zeros(1, 50), SamplingParams(top_k=3, top_p=1.0)) > 0).all()
 
 
-def test_the_penalty_touches_only_what_was_seen():
+@both
+def test_the_penalty_touches_only_what_was_seen(way):
     logits = torch.tensor([[2.0, -2.0, 3.0, -3.0]])
     seen = torch.tensor([[True, True, False, False]])
-    assert penalise(logits, seen, 2.0).tolist() == [[1.0, -4.0, 3.0, -3.0]]
+    assert way.penalise(logits, seen, 2.0).tolist() == [[1.0, -4.0, 3.0, -3.0]]
     greedy = params(temperature=0, repetition_penalty=1.6)
-    assert sample(torch.tensor([[2.0, 1.5]]), greedy, [generator()], torch.tensor([[True, False]])).item() == 1
+    assert way.sample(torch.tensor([[2.0, 1.5]]), greedy, [Draws(0)], torch.tensor([[True, False]])).item() == 1
 
 
-def test_draws_follow_the_probabilities():
-    """40,000 draws: every token within five standard deviations of its probability, none of probability zero."""
-    logits, n = random_logits(size=20), 40_000
+@both
+def test_draws_follow_the_probabilities(way):
+    """10,000 draws: every token within five standard deviations of its probability, none of probability zero."""
+    logits, n = random_logits(size=20), 10_000
     how = SamplingParams(temperature=1.3, top_k=15, top_p=0.97)
-    p = probabilities(logits, how)[0]
+    p = way.probabilities(logits, how)[0]
     assert 3 < (p > 0).sum() < 16
-    one = generator()
-    drawn = sample(logits.expand(n, -1), how, [one] * n)
+    one = Draws(0)
+    drawn = way.sample(logits.expand(n, -1), how, [one] * n)
     frequency = drawn.bincount(minlength=20) / n
     assert (frequency[p == 0] == 0).all()
     assert ((frequency - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
 
 
-def test_the_ends_of_the_unit_interval_draw_possible_tokens(monkeypatch):
+@both
+def test_the_ends_of_the_unit_interval_draw_possible_tokens(way):
     """Whatever the uniform number is, the token drawn has a probability above zero."""
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.5, -math.inf]])
     for uniform, token in ((0.0, 3), (1 - 2**-24, 1)):
-        monkeypatch.setattr(torch, "rand", lambda *size, generator, value=uniform: torch.full(size, value))
-        assert sample(logits, SamplingParams(temperature=1, top_p=1.0), [generator()]).item() == token
+        assert way.sample(logits, SamplingParams(temperature=1, top_p=1.0), [lambda u=uniform: u]).item() == token
 
 
 # ---- the loop
@@ -225,7 +271,7 @@ def test_the_end_token_ends_and_is_not_given():
 
 def test_a_prompt_longer_than_a_chunk():
     model = tiny_model(5, eos_token_id=None, max_position_embeddings=2000)
-    prompt = torch.randint(0, 320, (1300,), generator=generator()).tolist()
+    prompt = torch.randint(0, 320, (1300,), generator=torch.Generator().manual_seed(0)).tolist()
     how = params(temperature=0, max_new_tokens=3)
     assert list(generate(model, prompt, how)) == list(generate_uncached(model, prompt, how))
 
@@ -236,9 +282,11 @@ def test_it_builds_no_graph_and_disturbs_no_training(monkeypatch):
 
     def watched(*arguments):
         inside.append(torch.is_inference_mode_enabled())
-        return sample(*arguments)
+        return draw(*arguments)
 
-    monkeypatch.setattr(gemlet.generate, "sample", watched)
+    draw = eager.sample
+    monkeypatch.setattr(eager, "sample", watched)
+    monkeypatch.setattr(gemlet.ready, "library", lambda name, wait: None)
     for way in (generate, generate_uncached):
         tokens = way(model, PROMPT, params())
         assert len(list(islice(tokens, 2))) == 2
@@ -348,7 +396,7 @@ def steps_of(monkeypatch, guesses):
         rows.append(len(tokens))
         return step(self, tokens, *arguments)
 
-    monkeypatch.setattr(gemlet.decoder, "library", lambda name, wait: None)
+    monkeypatch.setattr(gemlet.ready, "library", lambda name, wait: None)
     monkeypatch.setattr(TorchDecoder, "guesses", guesses)
     monkeypatch.setattr(TorchDecoder, "step", counted)
     return rows
@@ -369,7 +417,7 @@ def test_guessing_changes_no_text(monkeypatch, temperature):
 def test_a_text_that_repeats_itself_takes_fewer_steps(monkeypatch):
     model = tiny_model(5, eos_token_id=None)
     monkeypatch.setattr(Lookup, "_pays", lambda self: True)
-    monkeypatch.setattr(gemlet.generate, "sample", lambda row, *_: torch.tensor([7]))
+    monkeypatch.setattr(TorchDecoder, "sample", lambda *_: [7])
     rows = steps_of(monkeypatch, 3)
     assert list(generate(model, PROMPT, params())) == [7] * LONG
     assert rows == [1] * 3 + [4] * 14

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from gemlet.generate import SamplingParams, generate_uncached
+from gemlet.eager import generate_uncached
 from gemlet.lm import load
+from gemlet.sampling import SamplingParams
 
 GOLDEN = Path(__file__).parent / "golden"
 MODEL = GOLDEN / "model"

@@ -18,9 +18,10 @@ import gemlet.lm
 from gemlet.checkpoint import save_model
 from gemlet.config import TrainConfig
 from gemlet.errors import GemletError
-from gemlet.generate import SamplingOptions, SamplingParams
 from gemlet.hub import Repository
+from gemlet.kernels.build import library
 from gemlet.lm import LM, TextWriter, load
+from gemlet.sampling import Draws, SamplingOptions, SamplingParams
 from gemlet.testing import tiny_corpus, tiny_model, tiny_tokenizer
 from gemlet.tokenizer import IncrementalDecoder
 
@@ -86,8 +87,8 @@ def test_stops_cut_the_text_before_the_first_of_them(lm, seed):
 
 def test_a_stop_ends_the_computation(lm, monkeypatch):
     whole = lm.generate(PROMPT, seed=0, max_new_tokens=200)
-    calls, draw = [], gemlet.generate.sample
-    monkeypatch.setattr(gemlet.generate, "sample", lambda *arguments: calls.append(1) or draw(*arguments))
+    calls, draws = [], Draws.__call__
+    monkeypatch.setattr(Draws, "__call__", lambda self: calls.append(1) or draws(self))
     for tell in (lm.generate, lm.stream):
         list(tell(PROMPT, seed=0, max_new_tokens=200, stop=whole[10:14]))
         assert 0 < len(calls) < 60
@@ -251,6 +252,21 @@ def test_load_gives_back_what_was_saved(folder):
     assert lm.generate(PROMPT, seed=0) == LM(model, tiny_tokenizer()).generate(PROMPT, seed=0)
     assert load(str(folder), device="cpu", dtype="bf16").model.head_weight.dtype == torch.bfloat16
     assert load(folder, dtype=torch.float16).model.head_weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", ["auto", "int8", "int4"])
+def test_writing_on_a_cpu_needs_no_torch(folder, dtype):
+    """Nor the seconds it takes to load: the story is the same, and the model in torch is there when it is asked for."""
+    code = (
+        "import sys, gemlet\n"
+        f"lm = gemlet.load({str(folder)!r}, device='cpu', dtype={dtype!r})\n"
+        "print(ascii(lm.generate('Once', seed=1, max_new_tokens=30)), 'torch' in sys.modules)\n"
+        "print(tuple(lm.logits([0, 5]).shape))"
+    )
+    assert library("decode") is not None or pytest.skip("no C++ compiler here")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    story = LM(tiny_model(3), tiny_tokenizer(), dtype).generate("Once", seed=1, max_new_tokens=30)
+    assert done.stdout == f"{story!a} False\n(1, 2, 320)\n"
 
 
 def test_a_run_is_its_best_checkpoint_or_else_its_last(folder, tmp_path):

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from gemlet.checkpoint import STATE, read_config, read_state
+from gemlet.checkpoint import STATE, read_state
 from gemlet.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from gemlet.errors import GemletError
+from gemlet.folder import read_config
 from gemlet.hub import may_be_name
 from gemlet.metrics import read_metrics
 from gemlet.prepare import Meta, load_meta

@@ -19,13 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gemlet.checkpoint import stored_weights
 from gemlet.config import SLIDING, ModelConfig, layer_pattern
 from gemlet.errors import GemletError
 from gemlet.export.vocabulary import Value, tokenizer_metadata
 from gemlet.files import whole_file, write_text, writing
+from gemlet.folder import bad_head, stored_weights
 from gemlet.lm import model_folder
-from gemlet.tensors import Stored, is_finite
+from gemlet.safetensors import Stored
+from gemlet.tensors import is_finite, pieces
 from gemlet.tokenizer import Tokenizer
 
 ALIGNMENT = 32
@@ -220,7 +221,7 @@ class _Tensor:
     def data(self) -> Iterator[memoryview]:
         """The values, piece after piece, as they are written."""
         is_norm = self.name.endswith("norm.weight")
-        for piece in self.stored.pieces():
+        for piece in pieces(self.stored):
             if not is_finite(piece):
                 raise GemletError(f"{self.stored.file}: {self.stored.name} has values that are not finite")
             values = piece.float()
@@ -254,12 +255,9 @@ def _tensors(config: ModelConfig, stored: dict[str, Stored], dtype: str) -> list
 
 def _check_equal(head: Stored, embedding: Stored) -> None:
     """A tied model may come with its output head all the same."""
-    for ours, theirs in zip(head.pieces(), embedding.pieces(), strict=True):
+    for ours, theirs in zip(pieces(head), pieces(embedding), strict=True):
         if not torch.equal(ours.float(), theirs.float()):
-            raise GemletError(
-                f"{head.file}: lm_head.weight differs from the embedding, but config.json ties them; set "
-                "tie_word_embeddings to false there if the model has its own output head"
-            )
+            raise bad_head(head)
 
 
 def _format(stored: Stored, dtype: str, is_output: bool) -> Format:

@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 
-from gemlet.checkpoint import SHARD_BYTES, load_model, stored_weights, write_model
+from gemlet.checkpoint import SHARD_BYTES, load_model, write_model
 from gemlet.config import ModelConfig
 from gemlet.device import DTYPES
 from gemlet.errors import GemletError
 from gemlet.export.card import PLOT, find_run, model_card
 from gemlet.files import new_folder
+from gemlet.folder import stored_weights
 from gemlet.lm import model_folder
-from gemlet.tensors import Stored
+from gemlet.safetensors import Stored
+from gemlet.tensors import dtype_of
 from gemlet.tokenizer import HF_CLASS, Tokenizer
 
 KEPT = (
@@ -70,7 +72,7 @@ def export_hf(
 
 def _stored_dtype(stored: dict[str, Stored]) -> torch.dtype:
     """The dtype that holds all weights exactly, float32 at most."""
-    widest = functools.reduce(torch.promote_types, {tensor.dtype for tensor in stored.values()})
+    widest = functools.reduce(torch.promote_types, {dtype_of(tensor) for tensor in stored.values()})
     return widest if widest in DTYPES.values() else torch.float32
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemlet.checkpoint import INDEX, SHARD_BYTES, stored_weights
+from gemlet.checkpoint import SHARD_BYTES
 from gemlet.errors import GemletError
 from gemlet.export.hf import KEPT, export_hf
 from gemlet.files import human_size
+from gemlet.folder import INDEX, stored_weights
 from gemlet.lm import model_folder
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write (huggingface.co/settings/tokens)"

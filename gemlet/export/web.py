@@ -23,10 +23,10 @@ from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 
-from gemlet.checkpoint import read_config
 from gemlet.errors import GemletError
 from gemlet.export.gguf import DTYPES, export_gguf
 from gemlet.files import new_folder, writing
+from gemlet.folder import read_config
 from gemlet.lm import model_folder
 
 WLLAMA = "3.13.0"

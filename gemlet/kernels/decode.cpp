@@ -7,7 +7,7 @@
 // product is LANES partial sums in order of the columns, added up in one fixed way; every sum of attention goes over
 // chunks of CHUNK positions counted from the first visible one.
 //
-// gemlet/decoder.py fills the structures and calls the three functions at the end. Nothing is checked here.
+// gemlet/native.py fills the structures and calls the three functions at the end. Nothing is checked here.
 
 #include <algorithm>
 #include <atomic>

@@ -10,9 +10,11 @@ from torch import Tensor
 from gemlet.attention import attention, reference
 from gemlet.config import RunConfig
 from gemlet.data import TokenStream
-from gemlet.generate import SamplingParams, generate, generate_samples, generate_uncached
+from gemlet.eager import generate_uncached
+from gemlet.generate import generate, generate_samples
 from gemlet.loss import IGNORE, linear_cross_entropy
 from gemlet.model import Gemma
+from gemlet.sampling import SamplingParams
 from gemlet.testing import tiny_config, tiny_model
 from gemlet.train import new_state, train_step
 

@@ -20,9 +20,11 @@ from transformers.generation.logits_process import (
 
 from gemlet.checkpoint import save_model
 from gemlet.config import FULL, SLIDING, layer_pattern
-from gemlet.generate import SamplingParams, generate, generate_uncached, penalise, probabilities
+from gemlet.eager import generate_uncached, penalise, probabilities
+from gemlet.generate import generate
 from gemlet.lm import load
 from gemlet.model import Gemma
+from gemlet.sampling import SamplingParams
 from gemlet.testing import tiny_config, tiny_model, tiny_tokenizer
 
 LENGTH = 50  # more than twice every window below

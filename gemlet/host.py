@@ -1,0 +1,32 @@
+"""What this machine has, found out without torch, which takes seconds to load."""
+
+import functools
+import os
+import sys
+from pathlib import Path
+
+
+def threads() -> int:
+    """Threads to compute with: torch's number where it is loaded, else OMP_NUM_THREADS, else the cores to be had."""
+    if "torch" in sys.modules:
+        return sys.modules["torch"].get_num_threads()
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) else _cores()
+
+
+@functools.cache
+def _cores() -> int:
+    """Cores, not their hyperthreads, that this process may run on."""
+    try:
+        allowed = os.sched_getaffinity(0)
+        of_core = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+        return len({Path(of_core.format(cpu)).read_text() for cpu in allowed})
+    except (AttributeError, OSError):  # not Linux
+        return os.cpu_count() or 1
+
+
+def may_have_gpu() -> bool:
+    """Whether torch might find a GPU here; False is certain, and spares the time to load it."""
+    if sys.platform != "linux":
+        return True
+    return any(Path("/dev").glob("nvidia[0-9]*")) or any(Path("/dev", name).exists() for name in ("kfd", "dxg"))

@@ -1,0 +1,34 @@
+"""What is said of this machine without torch is what torch says."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gemlet import host
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch is asked")
+def test_where_torch_finds_a_gpu_there_may_be_one():
+    assert host.may_have_gpu() or not torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("3", 3), ("", None), ("0", None), ("nonsense", None)])
+def test_threads_before_torch_is_loaded(asked, expected):
+    code = "import sys; from gemlet.host import threads; print(threads(), 'torch' in sys.modules)"
+    environment = {**os.environ, "OMP_NUM_THREADS": asked}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    count, loaded = done.stdout.split()
+    assert loaded == "False"
+    assert int(count) == expected if expected else 1 <= int(count) <= (os.cpu_count() or 1)
+
+
+def test_threads_are_those_of_torch_where_it_is_loaded():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 1)
+        assert host.threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
