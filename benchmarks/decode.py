@@ -245,8 +245,9 @@ def memory(arguments: argparse.Namespace, folder: Path) -> None:
         "256 tokens, bf16": f"{write}; lm.generate('x', seed=0)",
         "import torch": "import torch",
     }.items():
-        report = f"{code}\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-        subprocess.run([sys.executable, "-c", report], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-c", code], check=True)
+        # a child's ru_maxrss would begin at that of its parent
+        report = f"{code}\nprint(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
         peak = subprocess.run([sys.executable, "-c", report], check=True, capture_output=True, text=True).stdout
         print(f"memory: {name}: {int(peak.split()[-1]) / 1024:.0f} MiB", flush=True)
 
