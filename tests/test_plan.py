@@ -1,5 +1,6 @@
 """A plan is what a run then needs: bytes counted from shapes against bytes of real tensors, and what is said of it."""
 
+import functools
 import json
 
 import pytest
@@ -15,6 +16,14 @@ from gemlet.plan import GPU_MEMORY_GIB, described, largest_micro_batch, plan
 from gemlet.testing import tiny_config
 
 CPU, META = torch.device("cpu"), torch.device("meta")
+SHALLOW = {"num_hidden_layers": 2, "layer_types": (SLIDING, FULL)}
+"""One layer of each kind: nothing is extrapolated, and a step is counted once instead of three times."""
+
+
+@pytest.fixture
+def counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan asks for the memory of the same step again and again; here it is counted the first time only."""
+    monkeypatch.setattr(planning, "step_memory", functools.cache(step_memory))
 
 
 def _run(model: dict | None = None, **train) -> RunConfig:
@@ -50,19 +59,21 @@ def test_few_layers_tell_the_deep_model() -> None:
 
 
 def test_activations_grow_with_the_micro_batch_and_not_with_the_batch() -> None:
-    small, twice = (step_memory(_run(micro_batch_size=n, batch_size=32), CPU) for n in (4, 8))
-    more = step_memory(_run(micro_batch_size=4, batch_size=64), CPU)
+    small, twice = (step_memory(_run(SHALLOW, micro_batch_size=n, batch_size=32), CPU) for n in (4, 8))
+    more = step_memory(_run(SHALLOW, micro_batch_size=4, batch_size=64), CPU)
     assert more == small
     assert twice.activations > 1.8 * small.activations - small.gradients
     assert small.gradients > 0, "the second micro-batch finds those of the first"
 
 
 def test_the_process_is_part_of_the_total() -> None:
-    assert step_memory(_run(), CPU, 1000).total == step_memory(_run(), CPU).total + 1000
+    run = _run(SHALLOW)
+    assert step_memory(run, CPU, 1000).total == step_memory(run, CPU).total + 1000
 
 
+@pytest.mark.usefixtures("counted_once")
 def test_the_largest_micro_batch_is_the_largest_that_fits() -> None:
-    run = _run(batch_size=24)
+    run = _run(SHALLOW, batch_size=24, sequence_length=256)  # long enough for a sequence to be much beside the heap
     sizes = {n: step_memory(run.replace(train=run.train.replace(micro_batch_size=n)), CPU).total for n in (1, 6, 8, 24)}
     for size, expected in ((sizes[24], 24), (sizes[8], 8), (sizes[8] - 1, 6), (sizes[1], 1), (sizes[1] - 1, None)):
         limit = int(1.001 * size / planning.USABLE) if expected in (24, 8, 1) else int(0.98 * size / planning.USABLE)
@@ -70,7 +81,7 @@ def test_the_largest_micro_batch_is_the_largest_that_fits() -> None:
 
 
 def test_a_step_is_its_parts() -> None:
-    result = plan(_run(max_steps=200, batch_size=8, micro_batch_size=4), price_per_hour=2.0)
+    result = plan(_run(SHALLOW, max_steps=200, batch_size=8, micro_batch_size=4), price_per_hour=2.0)
     assert result.step is not None and min(result.step.blocks, result.step.head, result.step.update) > 0
     assert result.step_seconds == pytest.approx(result.step.blocks + result.step.head + result.step.update)
     assert result.tokens_per_second == pytest.approx(8 * 32 / result.step_seconds)
@@ -92,6 +103,7 @@ def test_every_gpu_of_the_table_has_a_peak(name: str) -> None:
     assert memory > 2**33 and peak > 1e13
 
 
+@pytest.mark.usefixtures("counted_once")
 def test_a_named_gpu_follows_its_data_sheet() -> None:
     run = preset("gemma3-270m-gpt2")
     half, full = (plan(run, "h100", mfu=mfu) for mfu in (0.25, 0.5))
@@ -107,6 +119,7 @@ def test_an_unknown_gpu_is_refused() -> None:
         plan(_run(), "H10")
 
 
+@pytest.mark.usefixtures("counted_once")
 def test_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["plan", "--gpu", "A100", "--train.max-steps", "500", "--price-per-hour", "2", "--out", "runs/x"]
     assert main(flags) == 0
