@@ -6,7 +6,9 @@
 
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
+# Not compiled beforehand: Python does that for the files that it imports, which are a small part of them.
+INSTALL := -m pip --disable-pip-version-check install -q --no-compile
+PIP := $(PY) $(INSTALL) -c constraints.txt
 ARGS :=
 
 .DEFAULT_GOAL := help
@@ -19,8 +21,11 @@ help: ## this list
 quickstart: $(VENV)/installed ## install, train a small model, hear three stories
 	@$(PY) -m gemlet quickstart $(ARGS)
 
+# A process for each core: each begins with files of its own, so that what a file prepares is mostly prepared once.
+PARALLEL := -n auto --dist worksteal
+
 test: $(VENV)/installed-dev ## run the tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --ignore=tests/interop $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL) --ignore=tests/interop $(ARGS)
 
 check: $(VENV)/installed-dev ## lint, formatting, types
 	$(PY) -m ruff check .
@@ -39,7 +44,7 @@ docs: $(VENV)/installed-dev ## the documentation as a site, in build/site/ (open
 RUNTIMES := transformers-4 llama.cpp mlx browser
 
 interop: $(VENV)/installed-dev $(RUNTIMES:%=.envs/%/installed) ## install other runtimes and hold models against them
-	OMP_NUM_THREADS=1 GEMLET_WLLAMA=.envs/browser $(PY) -m pytest -rs tests/interop $(ARGS)
+	OMP_NUM_THREADS=1 GEMLET_WLLAMA=.envs/browser $(PY) -m pytest $(PARALLEL) -rs tests/interop $(ARGS)
 
 # Peers pin other versions than we do, so gemlet is installed beside them once more.
 bench: .envs/peers/installed ## this machine's CPU: training, decoding, lengths, losses, many texts, beside others
@@ -54,7 +59,7 @@ bench: .envs/peers/installed ## this machine's CPU: training, decoding, lengths,
 .envs/peers/installed: $(VENV)/installed benchmarks/peers.txt
 	@echo "Installing the peers into .envs/peers; llama-cpp-python is compiled on the spot ..."
 	@$(PY) -m venv --clear .envs/peers
-	@.envs/peers/bin/python -m pip --disable-pip-version-check install -q -r benchmarks/peers.txt -e .
+	@.envs/peers/bin/python $(INSTALL) -r benchmarks/peers.txt -e .
 	@touch $@
 
 # make gpu ARGS="--data stories.txt"; --device cpu --tiny as ARGS is a dry run of the second half.
@@ -70,7 +75,7 @@ gpu: $(VENV)/installed-dev ## with an NVIDIA GPU: the tests of tests/gpu, then a
 .envs/%/installed: tests/interop/%.txt
 	@echo "Installing $* into .envs/$* ..."
 	@$(PY) -m venv --clear .envs/$*
-	@.envs/$*/bin/python -m pip --disable-pip-version-check install -q -r $<
+	@.envs/$*/bin/python $(INSTALL) -r $<
 	@touch $@
 
 build: $(VENV)/installed-dev ## the wheel and the source archive, in dist/
@@ -82,7 +87,7 @@ wheel-test: build ## install the wheel somewhere clean and run a very short quic
 	@rm -rf build/wheel && mkdir -p build/wheel/here
 	$(PY) -m venv build/wheel/env
 	@echo "Installing the wheel and what it needs ..."
-	@build/wheel/env/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt dist/*.whl
+	@build/wheel/env/bin/python $(INSTALL) -c constraints.txt dist/*.whl
 	cd build/wheel/here && ../env/bin/gemlet quickstart --help > /dev/null
 	cd build/wheel/here && ../env/bin/gemlet quickstart --out tales --train.max-steps 20 --train.warmup-steps 5
 	cd build/wheel/here && ../env/bin/gemlet generate --model tales/checkpoints/best --prompt "Once" --max-new-tokens 20
