@@ -4,7 +4,7 @@ One step is forward, backward, clipping and AdamW on one sequence, float32 throu
 the tokens the same for all; gemlet once more with documents that do not see each other. Every measurement is a process
 of its own: a short step to warm up, the timed one, and the most memory that the process ever held. A peer is left out
 of the lengths at which its step would take longer than `--patience`, going by the length before. Results join those
-that the JSON file holds already; the plot is drawn from it.
+that the JSON file holds already; the plot is drawn from it. `--own-time` is for a machine that others use all the time.
 """
 
 import argparse
@@ -12,14 +12,13 @@ import json
 import resource
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.train import gemlet, litgpt, transformers
+from benchmarks.train import Clock, clock, gemlet, litgpt, transformers
 from gemlet.config import ModelConfig, preset
 
 WAYS = {
@@ -36,21 +35,21 @@ DOCUMENT = 200
 Results = dict[str, dict[str, dict[str, float]]]
 
 
-def measure(way: str, config: ModelConfig, length: int) -> dict[str, float]:
+def measure(way: str, config: ModelConfig, length: int, now: Clock) -> dict[str, float]:
     """Seconds of a step on one sequence, and the peak memory of this process in GiB."""
     torch.manual_seed(0)
     step = WAYS[way](config, torch.float32, False)
     ids = torch.randint(1, config.vocab_size, (1, length + 1))
     ids[:, ::DOCUMENT] = 0
     step(ids[:, :WARM_UP], ids[:, 1 : WARM_UP + 1])
-    began = time.perf_counter()
+    began = now()
     step(ids[:, :-1], ids[:, 1:])
-    seconds = time.perf_counter() - began
+    seconds = now() - began
     return {"seconds": seconds, "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
-def plot(results: Results, file: Path, title: str) -> None:
-    """Time per token and peak memory against the length."""
+def plot(results: Results, file: Path, title: str, own: bool) -> None:
+    """Time per token (`own`: of the processor, one thread) and peak memory against the length."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
@@ -61,7 +60,7 @@ def plot(results: Results, file: Path, title: str) -> None:
         style: dict[str, Any] = {"marker": "o", "label": way, "linestyle": "--" if "documents" in way else "-"}
         time_per_token.plot(lengths, [m["seconds"] / n * 1e3 for m, n in zip(measured, lengths, strict=True)], **style)
         memory.plot(lengths, [m["gib"] for m in measured], **style)
-    time_per_token.set_title("time per token (ms)")
+    time_per_token.set_title("processor time per token, one thread (ms)" if own else "time per token (ms)")
     memory.set_title("peak memory of the process (GiB)")
     for axes in (time_per_token, memory):
         axes.set_xticks(LENGTHS[2:], [f"{n:,}" for n in LENGTHS[2:]])
@@ -81,13 +80,14 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS, help="none: only draw the plot")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--patience", type=float, default=90, help="seconds that a step of a peer may take")
+    parser.add_argument("--own-time", action="store_true", help="processor time of one thread, not time on the wall")
     parser.add_argument("--results", type=Path, default=Path("length.json"))
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--child", action="store_true", help="measure the first way and length here, as JSON")
     args = parser.parse_args()
     config = preset(args.preset).model.replace(num_hidden_layers=args.layers, layer_types=None)
     if args.child:
-        print(json.dumps(measure(args.ways[0], config, args.lengths[0])))
+        print(json.dumps(measure(args.ways[0], config, args.lengths[0], clock(args.own_time))))
         return
     results: Results = json.loads(args.results.read_text()) if args.results.exists() else {}
     for length in args.lengths:
@@ -98,6 +98,7 @@ def main() -> None:
                 print(f"{way:<28}{length:>7} tokens: left out, it might take {expected:.0f} s", flush=True)
                 continue
             options = ["--preset", args.preset, "--layers", str(args.layers), "--ways", way, "--lengths", str(length)]
+            options += ["--own-time"] * args.own_time
             command = [sys.executable, "-m", "benchmarks.length", *options, "--child"]
             run = subprocess.run(command, check=True, stdout=subprocess.PIPE)
             result = json.loads(run.stdout.splitlines()[-1])
@@ -106,7 +107,8 @@ def main() -> None:
             rate = length / result["seconds"]
             print(f"{way:<28}{length:>7} tokens: {rate:7.1f} tokens/s, {result['gib']:5.2f} GiB", flush=True)
     if args.plot:
-        plot(results, args.plot, f"{args.preset}, {args.layers} layers: one training step on one sequence, float32")
+        title = f"{args.preset}, {args.layers} layers: one training step on one sequence, float32"
+        plot(results, args.plot, title, args.own_time)
 
 
 if __name__ == "__main__":
