@@ -244,8 +244,7 @@ void with(int32_t format, F f) {
 // ---- products
 
 constexpr int ROWS = 64;  // rows taken through the model at a time
-constexpr int BLOCK = 6;  // weight rows unpacked at a time, where there are many activations,
-constexpr int PART = 704;  // and their columns at most
+constexpr int TILE = 12;  // weight rows unpacked at a time, where there are many activations
 
 // out[r][n] = dot(weight row n, x[r]) for R activations and N weight rows from `n` on. STREAMED weights come from memory:
 // the rows behind are asked for meanwhile, since N short streams at once are more than a processor foresees.
@@ -296,71 +295,36 @@ void few(const char* w, int columns, const float* scales, int begin, int end, in
     tiles<W, STREAMED, 4, N>(w, columns, scales, begin, end, four, to);
 }
 
-// sums[r][j] += the lanes' products of R activations and N unpacked weight rows. 4 x 3 sums, three weights and one
-// activation are 16 registers, which are all there are with AVX2.
-template <int R, int N>
-__attribute__((noinline)) void block(const float* weights, int columns, const float* const* x, Floats* sums) {
-    Floats total[R][N];
-    each<R>([&](auto r) INLINE { each<N>([&](auto j) INLINE { total[r][j] = sums[r * BLOCK + j]; }); });
-    for (int k = 0; k < columns; k += LANES) {
-        Floats w[N];
-        each<N>([&](auto j) INLINE { w[j] = load<Floats>(weights + size_t(j) * columns + k); });
-        each<R>([&](auto r) INLINE {
-            const Floats one = load<Floats>(x[r] + k);
-            each<N>([&](auto j) INLINE { total[r][j] = fma(w[j], one, total[r][j]); });
-        });
-    }
-    each<R>([&](auto r) INLINE { each<N>([&](auto j) INLINE { sums[r * BLOCK + j] = total[r][j]; }); });
-}
-
-// out[r][n] for the weight rows begin <= n < end and many activations: BLOCK rows are unpacked at a time, a part of their
-// columns that stays in a core's first cache while the activations pass. The sums are those of `tile`, carried along.
-template <class W>
-void many(const Matrix& m, int begin, int end, int rows, const float* const* x, float* const* out) {
-    const char* weights = static_cast<const char*>(m.values);
-    const int K = m.columns, whole = K / W::STEP * W::STEP, steps = whole / W::STEP;
-    const int parts = std::max(1, (whole + PART - 1) / PART), most = (steps + parts - 1) / parts * W::STEP;
-    alignas(64) thread_local Floats sums[ROWS + 3][BLOCK];  // the last activation may be repeated
-    thread_local std::vector<float> unpacked;
-    unpacked.resize(size_t(BLOCK) * most);
-    for (int n = begin; n < end; n += BLOCK) {
-        const int count = std::min(BLOCK, end - n);
-        std::memset(sums, 0, sizeof sums);
-        for (int from = 0; from < whole; from += most) {
-            const int size = std::min(most, whole - from);
-            for (int j = 0; j < count; j++) {
-                const char* row = weights + (n + j) * W::bytes(K);
-                for (size_t b = W::bytes(from); b < W::bytes(from + size); b += 64) __builtin_prefetch(row + BLOCK * W::bytes(K) + b);
-                for (int k = 0; k < size; k += W::STEP) {
-                    Floats w[W::STEP / LANES];
-                    W::read(row, from + k, w);
-                    for (int u = 0; u < W::STEP / LANES; u++) store(&unpacked[size_t(j) * size + k + u * LANES], w[u]);
-                }
-            }
-            for (int r = 0; r < rows; r += 4) {
-                const float* four[4];
-                for (int i = 0; i < 4; i++) four[i] = x[std::min(r + i, rows - 1)] + from;
-                int j = 0;
-                for (; j + 3 <= count; j += 3) block<4, 3>(&unpacked[size_t(j) * size], size, four, &sums[r][j]);
-                for (; j < count; j++) block<4, 1>(&unpacked[size_t(j) * size], size, four, &sums[r][j]);
-            }
-        }
-        for (int r = 0; r < rows; r++)
-            for (int j = 0; j < count; j++) {
-                const char* row = weights + (n + j) * W::bytes(K);
-                float total = sum(sums[r][j]);
-                for (int k = whole; k < K; k++) total = fma(W::one(row, k), x[r][k], total);
-                out[r][n + j] = m.scales ? total * m.scales[n + j] : total;
-            }
-    }
-}
-
-// out[r][n] = dot(weight row n, x[r]) for the weight rows begin <= n < end and up to ROWS activations.
+// out[r][n] for the weight rows begin <= n < end and any number of activations.
 void multiply(const Matrix& m, int begin, int end, int rows, const float* const* x, float* const* out) {
     with(m.format, [&](auto format) {
         using W = decltype(format);
-        if (rows > 4) return many<W>(m, begin, end, rows, x, out);
-        few<W>(static_cast<const char*>(m.values), m.columns, m.scales, begin, end, rows, x, out);
+        const char* weights = static_cast<const char*>(m.values);
+        if (rows <= 4) return few<W>(weights, m.columns, m.scales, begin, end, rows, x, out);
+        thread_local std::vector<float> unpacked;  // stays in a core's cache while the activations pass
+        const int K = m.columns, whole = K / W::STEP * W::STEP;
+        unpacked.resize(size_t(TILE) * K);
+        for (int n = begin; n < end; n += TILE) {
+            const int count = std::min(TILE, end - n);
+            for (int j = 0; j < count; j++) {
+                const char* from = weights + (n + j) * W::bytes(K);
+                for (size_t b = 0; b < W::bytes(K); b += 64) __builtin_prefetch(from + TILE * W::bytes(K) + b);
+                float* to = &unpacked[size_t(j) * K];
+                for (int k = 0; k < whole; k += W::STEP) {
+                    Floats w[W::STEP / LANES];
+                    W::read(from, k, w);
+                    for (int u = 0; u < W::STEP / LANES; u++) store(to + k + u * LANES, w[u]);
+                }
+                for (int k = whole; k < K; k++) to[k] = W::one(from, k);
+            }
+            const float* scales = m.scales ? m.scales + n : nullptr;
+            float* columns[4];
+            for (int r = 0; r < rows; r += 4) {
+                const int R = std::min(4, rows - r);
+                for (int i = 0; i < R; i++) columns[i] = out[r + i] + n;
+                few<Fp32, false>(reinterpret_cast<const char*>(unpacked.data()), K, scales, 0, count, R, x + r, columns);
+            }
+        }
     });
 }
 
