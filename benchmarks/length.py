@@ -62,8 +62,10 @@ def plot(results: Results, file: Path, title: str, own: bool) -> None:
         memory.plot(lengths, [m["gib"] for m in measured], **style)
     time_per_token.set_title("processor time per token, one thread (ms)" if own else "time per token (ms)")
     memory.set_title("peak memory of the process (GiB)")
+    longest = max(int(n) for by_length in results.values() for n in by_length)
+    ticks = [n for n in LENGTHS[2:] if n <= longest]
     for axes in (time_per_token, memory):
-        axes.set_xticks(LENGTHS[2:], [f"{n:,}" for n in LENGTHS[2:]])
+        axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
         axes.set_xlim(left=0)
         axes.set_xlabel("tokens in the sequence")
         axes.set_ylim(bottom=0)
