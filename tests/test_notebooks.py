@@ -131,7 +131,8 @@ def the_committed_outputs_are_of_the_committed_code(walkthrough: Executed):
     assert "1,000 steps" in committed.text("settings")
 
 
-def test_your_own_text_runs_twice_in_one_kernel(tmp_path):
+def test_your_own_text_runs_twice_in_one_kernel(tmp_path, monkeypatch):
+    monkeypatch.setenv("GEMLET_NOTEBOOK_STEPS", "24")  # nothing below asks how much it has learned
     notebook = read(OWN_TEXT)
     executor = client(notebook, tmp_path)
     with executor.setup_kernel():
