@@ -89,7 +89,7 @@ wheel-test: build ## install the wheel somewhere clean and run a very short quic
 	@echo "Installing the wheel and what it needs ..."
 	@build/wheel/env/bin/python $(INSTALL) -c constraints.txt dist/*.whl
 	cd build/wheel/here && ../env/bin/gemlet quickstart --help > /dev/null
-	cd build/wheel/here && ../env/bin/gemlet quickstart --out tales --train.max-steps 20 --train.warmup-steps 5
+	cd build/wheel/here && ../env/bin/gemlet quickstart --out tales --data.max-documents 5000 --train.max-steps 8 --train.warmup-steps 2
 	cd build/wheel/here && ../env/bin/gemlet generate --model tales/checkpoints/best --prompt "Once" --max-new-tokens 20
 
 clean: ## remove the environment and everything built (your runs stay)
