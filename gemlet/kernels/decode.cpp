@@ -61,6 +61,7 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
+typedef uint8_t Pairs __attribute__((vector_size(LANES)));  // of four bits
 
 // f(0), ..., f(N - 1), written out, so that what they index stays in registers.
 #define INLINE __attribute__((always_inline))
@@ -115,6 +116,16 @@ inline Ints widen(Bytes v) {
 #endif
 #else
     return __builtin_convertvector(v, Ints);
+#endif
+}
+
+inline Ints widen(Pairs v) {
+#if defined(__GNUC__) && !defined(__clang__) && defined(__AVX2__) && !defined(__AVX512F__)
+    typedef char Chars __attribute__((vector_size(16)));
+    typedef int64_t Pair __attribute__((vector_size(16)));
+    return __builtin_ia32_pmovzxbd256(as<Chars>(Pair{as<int64_t>(v), 0}));
+#else
+    return widen(as<Bytes>(v)) & 255;
 #endif
 }
 
@@ -214,7 +225,7 @@ struct Int4 {  // groups of 32 columns: a scale in bf16, then 16 bytes; byte i h
         const char* group = row + size_t(k) / 32 * 18 + 2;
         const Floats by = splat(scale(row, k)), lifted = by * -8;
         each<16 / LANES>([&](auto i) INLINE {
-            Ints pair = widen(load<Bytes>(group + i * LANES)) & 255;
+            Ints pair = widen(load<Pairs>(group + i * LANES));
             w[i] = fma(__builtin_convertvector(pair & 15, Floats), by, lifted);  // exact: no more than 12 bits
             w[i + 16 / LANES] = fma(__builtin_convertvector(pair >> 4, Floats), by, lifted);
         });
