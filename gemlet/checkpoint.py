@@ -36,7 +36,7 @@ from gemlet.folder import (
     stored_in,
     stored_weights,
     verify,
-)  # fmt: skip
+)
 from gemlet.model import Gemma
 from gemlet.safetensors import Stored
 from gemlet.tensors import equals, is_finite, read_into, read_tensors, write_tensors

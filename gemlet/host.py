@@ -25,8 +25,7 @@ def _cores() -> int:
         return os.cpu_count() or 1
 
 
-def may_have_gpu() -> bool:
+def may_have_gpu(devices: Path = Path("/dev")) -> bool:
     """Whether torch might find a GPU here; False is certain, and spares the time to load it."""
-    if sys.platform != "linux":
-        return True
-    return any(Path("/dev").glob("nvidia[0-9]*")) or any(Path("/dev", name).exists() for name in ("kfd", "dxg"))
+    drivers = ("nvidia[0-9]*", "kfd", "dxg")  # NVIDIA's, AMD's, that of Windows as Linux has it under WSL
+    return sys.platform != "linux" or any(any(devices.glob(name)) for name in drivers)

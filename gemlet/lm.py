@@ -40,7 +40,8 @@ def load(source: str | Path, device: str = "auto", dtype: "str | torch.dtype" = 
     if isinstance(dtype, str) and dtype not in WEIGHTS:
         raise GemletError(f"dtype is {dtype!r}, but must be {', '.join(WEIGHTS)}, or torch's dtype for one of them")
     if dtype in MAPPED and (device == "cpu" or (device == "auto" and not may_have_gpu())):
-        return LM(*_mapped(source), str(dtype))  # without torch, which takes seconds to load
+        folder, tokenizer = _found(source)
+        return LM(StoredModel(folder), tokenizer, str(dtype))  # without torch, which takes seconds to load
     import torch
 
     from gemlet.checkpoint import load_model
@@ -49,19 +50,16 @@ def load(source: str | Path, device: str = "auto", dtype: "str | torch.dtype" = 
     place = pick_device(device)
     if dtype in ("int8", "int4") and place.type != "cpu":
         raise GemletError(f"{dtype} is for a CPU, but the device is {place}; take bf16, or the device cpu")
-    if dtype in MAPPED:
-        stored, tokenizer = _mapped(source)
-        if place.type == "cpu":
-            return LM(stored, tokenizer, str(dtype))
-        model = Ready(stored).model.to(place)
+    weights = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if weights not in (None, *DTYPES.values()):
+        raise GemletError(f"dtype is {dtype}, but must be one of {', '.join(map(str, DTYPES.values()))}")
+    folder, tokenizer = _found(source)
+    if weights is None and place.type == "cpu":
+        return LM(StoredModel(folder), tokenizer, str(dtype))
+    if weights is None:
+        model = Ready(StoredModel(folder)).model.to(place)
         model.compute_in(None)
         return LM(model, tokenizer)
-    weights = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    if weights not in DTYPES.values():
-        raise GemletError(f"dtype is {dtype}, but must be one of {', '.join(map(str, DTYPES.values()))}")
-    folder = model_folder(source)
-    read_config(folder)
-    tokenizer = Tokenizer.load(folder)
     model = load_model(folder, place, weights)
     if place.type == "cpu":
         model.compute_in(torch.float32)
@@ -73,12 +71,13 @@ MAPPED = ("auto", "int8", "int4")
 WEIGHTS = ("auto", "fp32", "bf16", "fp16", "int8", "int4")
 
 
-def _mapped(source: str | Path) -> tuple[StoredModel, Tokenizer]:
+def _found(source: str | Path) -> tuple[Path, Tokenizer]:
+    """The model's folder and its tokenizer, which comes before the weights: what reading a large one takes for a moment
+    is not on top of them.
+    """
     folder = model_folder(source)
     read_config(folder)
-    # the tokenizer first: what reading a large one takes for a moment is not on top of the weights
-    tokenizer = Tokenizer.load(folder)
-    return StoredModel(folder), tokenizer
+    return folder, Tokenizer.load(folder)
 
 
 class LM:

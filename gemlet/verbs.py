@@ -23,6 +23,7 @@ import tyro
 
 from gemlet.config import DataConfig, RunConfig, validated
 from gemlet.errors import GemletError, Mismatch, did_you_mean
+from gemlet.sampling import SamplingParams
 from gemlet.terminal import confirm, note, rate, read_line, tell, tell_samples, without_margin
 
 if TYPE_CHECKING:
@@ -212,18 +213,24 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Eval(Documents):
+class Loading:
+    """The flags of a verb that computes with a model."""
+
+    model: str
+    """A run or a checkpoint of it, any Hugging Face Gemma 3 text folder, or a hub name."""
+    weights: Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"] = "auto"
+    """How the weights are kept: auto, as they are stored; int8 and int4, on a CPU, write faster and less exactly."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eval(Documents, Loading):
     """Score a model on documents: each one from its start, its end token included.
 
     `tales`, and a data set of the hub that has a validation split, give their validation documents.
     """
 
-    model: str
-    """A run or a checkpoint of it, any Hugging Face Gemma 3 text folder, or a hub name."""
-    weights: Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"] = "auto"
-    """How the weights are kept: auto, as they are stored; the others show what fewer bits cost."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
     json: bool = False
     """Print one JSON object instead of the table."""
 
@@ -245,37 +252,13 @@ class Eval(Documents):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Writing:
+class Writing(SamplingParams, Loading):
     """The flags of a verb that lets a model write."""
-
-    # The sampling flags are the fields of sampling.SamplingParams, written again because that file needs torch;
-    # a test holds the two together.
-    model: str
-    """A run or a checkpoint of it, any Hugging Face Gemma 3 text folder, or a hub name."""
-    max_new_tokens: int = 256
-    """At most this many tokens, fewer where the context ends before; 0 gives nothing."""
-    temperature: float = 0.8
-    """Divides the logits; 0 always takes the likeliest token (greedy)."""
-    top_k: int | None = None
-    """Only the k likeliest tokens are drawn from; unset or 0: all of them."""
-    top_p: float = 0.95
-    """Only the likeliest tokens that together reach this probability are drawn from (arXiv 1904.09751); 1: all."""
-    min_p: float = 0.0
-    """Only tokens at least this fraction as likely as the likeliest are drawn from (arXiv 2407.01082); 0: all."""
-    repetition_penalty: float = 1.0
-    """Positive logits of tokens that have occurred are divided by it, negative ones multiplied (arXiv 1909.05858)."""
-    seed: int | None = None
-    """Sample i of a prompt draws from seed + i, whatever the other samples are; unset: other draws every time."""
-    weights: Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"] = "auto"
-    """How the weights are kept: auto, as they are stored; int8 and int4, on a CPU, write faster and less exactly."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
 
     @property
     def sampling(self) -> dict[str, Any]:
         """The fields of `sampling.SamplingParams`."""
-        names = {field.name for field in dataclasses.fields(Writing)} - {"model", "weights", "device"}
-        return {name: getattr(self, name) for name in names}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingParams)}
 
     def loaded(self) -> "LM":
         """The model, with its weights as the flags want them."""

@@ -1,9 +1,6 @@
 """The command line: exit codes, and one line for whatever a user can get wrong."""
 
-import ast
-import dataclasses
 import errno
-import inspect
 import json
 import subprocess
 import sys
@@ -241,21 +238,3 @@ def test_a_reader_that_leaves_early_is_no_error():
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait() == 141
-
-
-def test_the_sampling_flags_are_those_of_sampling_params():
-    from gemlet.sampling import SamplingParams
-
-    def fields(kind: type) -> dict[str, tuple[object, object, str]]:
-        body = ast.parse(inspect.getsource(kind)).body[0]
-        assert isinstance(body, ast.ClassDef)
-        pairs = zip(body.body, body.body[1:], strict=False)
-        docs = {
-            a.target.id: ast.unparse(b)
-            for a, b in pairs
-            if isinstance(a, ast.AnnAssign) and isinstance(a.target, ast.Name)
-        }
-        return {f.name: (f.type, f.default, docs[f.name]) for f in dataclasses.fields(kind)}
-
-    flags, params = fields(verbs.Writing), fields(SamplingParams)
-    assert {name: flags.get(name) for name in params} == params

@@ -22,9 +22,13 @@ with torch.no_grad():
 KERNEL = library("decode")
 
 
-def native(model, slots, max_length, format="fp32"):
+def native_weights(model, format):
     assert KERNEL is not None
-    return NativeDecoder(NativeWeights(KERNEL, model.config, arrays(model), format), slots, max_length)
+    return NativeWeights(KERNEL, model.config, arrays(model), format)
+
+
+def native(model, slots, max_length, format="fp32"):
+    return NativeDecoder(native_weights(model, format), slots, max_length)
 
 
 @pytest.fixture(params=["torch", "native", "batch"])
@@ -199,7 +203,7 @@ def test_the_number_of_threads_changes_no_bit():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_in_their_own_dtype_are_not_copied(dtype):
     model = tiny_model(0).to(dtype)
-    weights = NativeWeights(KERNEL, model.config, arrays(model), Ready(model).format)  # type: ignore
+    weights = native_weights(model, Ready(model).format)
     assert weights.head.values == model.head_weight.data_ptr()
     assert weights.layers[2].up_proj.values == model.get_parameter("model.layers.2.mlp.up_proj.weight").data_ptr()
 

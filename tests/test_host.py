@@ -10,9 +10,25 @@ import torch
 from gemlet import host
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch is asked")
 def test_where_torch_finds_a_gpu_there_may_be_one():
     assert host.may_have_gpu() or not torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(
+    ("platform", "devices", "expected"),
+    [
+        ("linux", ["null", "nvidiactl", "kvm"], False),
+        ("linux", ["nvidia0"], True),
+        ("linux", ["kfd"], True),
+        ("linux", ["dxg"], True),
+        ("darwin", [], True),
+    ],
+)
+def test_a_driver_is_the_sign_of_a_gpu(tmp_path, monkeypatch, platform, devices, expected):
+    monkeypatch.setattr(sys, "platform", platform)
+    for name in devices:
+        (tmp_path / name).touch()
+    assert host.may_have_gpu(tmp_path) is expected
 
 
 @pytest.mark.parametrize(("asked", "expected"), [("3", 3), ("", None), ("0", None), ("nonsense", None)])

@@ -63,11 +63,12 @@ def test_a_runtime_that_fails_is_a_mismatch(tmp_path: Path, monkeypatch: pytest.
 
 @needs_transformers
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    ask = verify._ask
+    ask, jobs = verify._ask, {}
 
     def ask_once(python: str, runtime: str, model: Path, job: dict, place: Path):
         """The second call puts the same questions: it is given the answers of the first, which took seconds."""
         kept = tmp_path / runtime
+        assert jobs.setdefault(runtime, job) == job
         if kept.exists():
             shutil.copy(kept / "logits.npy", place)
             return json.loads((kept / "answer.json").read_text(encoding="utf-8"))
