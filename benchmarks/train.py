@@ -2,7 +2,8 @@
 
 One step is forward, backward, clipping and AdamW on float32 weights, the same shape and the same tokens for all, in
 bfloat16 where the machine multiplies it (autocast for the peers, as they are used), else in float32. Everyone is built
-once and warmed up; then they take turns, a step each, so that a slow minute of the machine falls on all of them.
+once and warmed up in a process of its own, whose memory is set up as its users have it; then they take turns, a step
+each, so that a slow minute of the machine falls on all of them.
 On a machine that others use all the time `--own-time` helps: one thread, and what the processor did for it alone.
 """
 
@@ -11,6 +12,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 import torch
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from gemlet.config import ModelConfig, TrainConfig, preset
 from gemlet.data import document_starts
 from gemlet.device import DTYPES, pick_precision
+from gemlet.host import reuse_memory
 from gemlet.loss import linear_cross_entropy
 from gemlet.metrics import flops_per_token, peak_flops
 from gemlet.model import Gemma, init_weights
@@ -45,6 +49,7 @@ def gemlet(
     begin: int | None = None,
 ) -> Step:
     """`begin` is the token that begins a document; with it the documents of a row do not see each other."""
+    reuse_memory()
     model = init_weights(Gemma(config))
     model.compute_in(dtype)
     if compiled:
@@ -126,6 +131,20 @@ CONTENDERS: dict[str, Callable[[ModelConfig, torch.dtype], Step]] = {
 }
 
 
+def turns(name: str, config: ModelConfig, precision: str, shape: tuple[int, int], own: bool, turn: Connection) -> None:
+    """A process of one contender: whenever it is told True it makes a step, and answers with the seconds."""
+    now = clock(own)
+    torch.manual_seed(0)
+    step = CONTENDERS[name](config, DTYPES[precision])
+    ids = torch.randint(0, config.vocab_size, (shape[0], shape[1] + 1), generator=torch.Generator().manual_seed(0))
+    ids[:, ::200] = 0  # where a document begins, for the contender that minds
+    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    while turn.recv():
+        began = now()
+        step(x, y)
+        turn.send(now() - began)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="gemma3-270m-gpt2")
@@ -137,30 +156,30 @@ def main() -> None:
     parser.add_argument("--own-time", action="store_true", help="processor time of one thread, not time on the wall")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    now = clock(options.own_time)
     config = preset(options.preset).model
     if options.layers:
         config = config.replace(num_hidden_layers=options.layers, layer_types=None)
     precision = pick_precision("auto", CPU)
     shape = (options.batch_size, options.length)
-    ids = torch.randint(0, config.vocab_size, (shape[0], shape[1] + 1), generator=torch.Generator().manual_seed(0))
-    ids[:, ::200] = 0  # where a document begins, for the contender that minds
-    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    steps: dict[str, Step] = {}
+    peak = peak_flops(CPU, precision) or float("nan")
+    context, contenders = get_context("spawn"), {}
     for name in options.only:
         began = time.perf_counter()
-        torch.manual_seed(0)
-        steps[name] = CONTENDERS[name](config, DTYPES[precision])
-        steps[name](x, y)
+        contenders[name], theirs = context.Pipe()
+        arguments = (name, config, precision, shape, options.own_time, theirs)
+        context.Process(target=turns, args=arguments, daemon=True).start()
+        contenders[name].send(True)
+        contenders[name].recv()
         print(f"{name}: first step after {time.perf_counter() - began:.0f} s", flush=True)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(options.rounds):
-        for name, step in steps.items():
-            began = now()
-            step(x, y)
-            seconds[name].append(now() - began)
-    rates = {name: [x.numel() / s for s in values] for name, values in seconds.items()}
-    peak = peak_flops(CPU, precision) or float("nan")
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(1 + options.rounds):
+        for name, turn in contenders.items():
+            turn.send(True)
+            seconds[name].append(turn.recv())
+    for turn in contenders.values():
+        turn.send(False)
+    seconds = {name: values[1:] for name, values in seconds.items()}  # without the first: its memory is not there yet
+    rates = {name: [shape[0] * shape[1] / s for s in values] for name, values in seconds.items()}
     floor = peak / flops_per_token(config, options.length)
     if options.json:
         print(json.dumps({"precision": precision, "peak_flops": peak, "floor": floor, "tokens_per_second": rates}))

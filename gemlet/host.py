@@ -1,5 +1,6 @@
 """What this machine has, found out without torch, which takes seconds to load."""
 
+import ctypes
 import functools
 import os
 import sys
@@ -29,3 +30,21 @@ def may_have_gpu(devices: Path = Path("/dev")) -> bool:
     """Whether torch might find a GPU here; False is certain, and spares the time to load it."""
     drivers = ("nvidia[0-9]*", "kfd", "dxg")  # NVIDIA's, AMD's, that of Windows as Linux has it under WSL
     return sys.platform != "linux" or any(any(devices.glob(name)) for name in drivers)
+
+
+def reuse_memory() -> None:
+    """Make the large buffers of a training step cheap to get again, on Linux: a step frees and asks for gigabytes.
+
+    torch asks for pages of 2 MiB if told so before its first tensor, and glibc keeps what is freed for the next step
+    instead of returning it. Each page that the kernel has to clear costs as much as a thousand products.
+    """
+    if sys.platform != "linux":
+        return
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # another C library
+        return
+    trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_threshold, 2**25)  # as much as glibc allows

@@ -24,6 +24,7 @@ from gemlet.errors import GemletError, TrainingError
 from gemlet.evaluate import Evaluation, eager, evaluate_tokens
 from gemlet.files import write_text
 from gemlet.generate import generate
+from gemlet.host import reuse_memory
 from gemlet.loss import linear_cross_entropy
 from gemlet.metrics import RunLog, draw_loss, flops_per_token, peak_flops, peak_memory_gib, preparation
 from gemlet.model import Gemma, init_weights
@@ -82,6 +83,7 @@ def train(
     that differs from it in model or data is refused. Ctrl-C and SIGTERM finish the step, save, and then raise
     KeyboardInterrupt and SystemExit(143).
     """
+    reuse_memory()
     out = Path(out)
     config = _agree(config, out, resume)
     device = pick_device(config.train.device)
