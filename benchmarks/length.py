@@ -1,10 +1,12 @@
 """Time and memory of a training step against its length, beside transformers and litgpt: `python -m benchmarks.length`.
 
-One step is forward, backward, clipping and AdamW on one sequence, float32 throughout, nothing compiled, the shape and
-the tokens the same for all; gemlet once more with documents that do not see each other. Every measurement is a process
-of its own: a short step to warm up, the timed one, and the most memory that the process ever held. A peer is left out
-of the lengths at which its step would take longer than `--patience`, going by the length before. Results join those
-that the JSON file holds already; the plot is drawn from it. `--own-time` is for a machine that others use all the time.
+One step is forward, backward, clipping and AdamW on one sequence, the shape and the tokens the same for all, products
+in bfloat16 where the machine multiplies it, else in float32. gemlet's blocks are compiled, as in training, and the
+peers are as they come; gemlet once more with documents that do not see each other. Every measurement is a process of
+its own: a step to warm up (of the peers a short one), the timed one, and the most memory that the process ever held. A
+peer is left out of the lengths at which its step would take longer than `--patience`, going by the length before.
+Results join those that the JSON file holds already; the plot is drawn from it. `--own-time` is for a machine that
+others use all the time.
 """
 
 import argparse
@@ -12,20 +14,22 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.train import Clock, clock, gemlet, litgpt, transformers
+from benchmarks.train import CPU, Clock, Step, clock, gemlet, litgpt, transformers
 from gemlet.config import ModelConfig, preset
+from gemlet.device import DTYPES, pick_precision
 
-WAYS = {
-    "gemlet": gemlet,
-    "gemlet, separate documents": partial(gemlet, begin=0),
-    "transformers": transformers,
-    "litgpt": litgpt,
+WAYS: dict[str, Callable[[ModelConfig, torch.dtype], Step]] = {
+    "gemlet": partial(gemlet, compiled=True),
+    "gemlet, separate documents": partial(gemlet, compiled=True, begin=0),
+    "transformers": partial(transformers, compiled=False),
+    "litgpt": partial(litgpt, compiled=False),
 }
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 WARM_UP = 128
@@ -35,13 +39,14 @@ DOCUMENT = 200
 Results = dict[str, dict[str, dict[str, float]]]
 
 
-def measure(way: str, config: ModelConfig, length: int, now: Clock) -> dict[str, float]:
+def measure(way: str, config: ModelConfig, length: int, precision: str, now: Clock) -> dict[str, float]:
     """Seconds of a step on one sequence, and the peak memory of this process in GiB."""
     torch.manual_seed(0)
-    step = WAYS[way](config, torch.float32, False)
+    step = WAYS[way](config, DTYPES[precision])
     ids = torch.randint(1, config.vocab_size, (1, length + 1))
     ids[:, ::DOCUMENT] = 0
-    step(ids[:, :WARM_UP], ids[:, 1 : WARM_UP + 1])
+    warm_up = length if way.startswith("gemlet") else WARM_UP  # what is compiled is compiled for its length
+    step(ids[:, :warm_up], ids[:, 1 : warm_up + 1])
     began = now()
     step(ids[:, :-1], ids[:, 1:])
     seconds = now() - began
@@ -81,6 +86,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=18)
     parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS, help="none: only draw the plot")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="of the products (the faster one)")
     parser.add_argument("--patience", type=float, default=90, help="seconds that a step of a peer may take")
     parser.add_argument("--own-time", action="store_true", help="processor time of one thread, not time on the wall")
     parser.add_argument("--results", type=Path, default=Path("length.json"))
@@ -88,8 +94,9 @@ def main() -> None:
     parser.add_argument("--child", action="store_true", help="measure the first way and length here, as JSON")
     args = parser.parse_args()
     config = preset(args.preset).model.replace(num_hidden_layers=args.layers, layer_types=None)
+    args.precision = args.precision or pick_precision("auto", CPU)
     if args.child:
-        print(json.dumps(measure(args.ways[0], config, args.lengths[0], clock(args.own_time))))
+        print(json.dumps(measure(args.ways[0], config, args.lengths[0], args.precision, clock(args.own_time))))
         return
     results: Results = json.loads(args.results.read_text()) if args.results.exists() else {}
     for length in args.lengths:
@@ -100,6 +107,7 @@ def main() -> None:
                 print(f"{way:<28}{length:>7} tokens: left out, it might take {expected:.0f} s", flush=True)
                 continue
             options = ["--preset", args.preset, "--layers", str(args.layers), "--ways", way, "--lengths", str(length)]
+            options += ["--precision", args.precision]
             options += ["--own-time"] * args.own_time
             command = [sys.executable, "-m", "benchmarks.length", *options, "--child"]
             run = subprocess.run(command, check=True, stdout=subprocess.PIPE)
@@ -109,7 +117,7 @@ def main() -> None:
             rate = length / result["seconds"]
             print(f"{way:<28}{length:>7} tokens: {rate:7.1f} tokens/s, {result['gib']:5.2f} GiB", flush=True)
     if args.plot:
-        title = f"{args.preset}, {args.layers} layers: one training step on one sequence, float32"
+        title = f"{args.preset}, {args.layers} layers: one training step on one sequence, {args.precision}"
         plot(results, args.plot, title, args.own_time)
 
 

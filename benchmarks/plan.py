@@ -73,9 +73,11 @@ def measured(run: RunConfig) -> dict[str, float]:
     """In a process of its own: two steps to warm up, then steps for six seconds, at least three."""
     from gemlet.data import TokenStream
     from gemlet.device import pick_device
+    from gemlet.host import reuse_memory
     from gemlet.metrics import peak_memory_gib
     from gemlet.train import new_state, train_step
 
+    reuse_memory()
     random = np.random.default_rng(0)
     stream = TokenStream([random.integers(0, run.model.vocab_size, 1_000_000).astype(np.uint32)], 0)
     state = new_state(run, pick_device("cpu"))

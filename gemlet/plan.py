@@ -23,6 +23,7 @@ from gemlet.config import ModelConfig, RunConfig, TrainConfig
 from gemlet.device import DTYPES, can_compile, pick_device, pick_precision
 from gemlet.errors import GemletError, did_you_mean
 from gemlet.footprint import Memory, kinds_of_layers, step_memory, with_training
+from gemlet.host import reuse_memory
 from gemlet.loss import linear_cross_entropy
 from gemlet.metrics import flops_per_token, gpu_peak_flops, peak_flops
 from gemlet.optim import make_optimizers
@@ -151,6 +152,7 @@ def plan(config: RunConfig, gpu: str | None = None, *, mfu: float = MFU, price_p
     `mfu` counts for a named GPU only.
     """
     if gpu is None:
+        reuse_memory()  # as training does
         device = pick_device(config.train.device)
         config = with_training(config, device=str(device), precision=pick_precision(config.train.precision, device))
         compiled = _is_compiled(config, device)
