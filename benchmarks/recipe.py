@@ -24,8 +24,9 @@ from matplotlib.ticker import EngFormatter
 from torch import Tensor
 
 import gemlet.optim
-from gemlet.config import DataConfig, ModelConfig, TrainConfig
-from gemlet.data import TokenStream, batch
+from gemlet.config import DataConfig, ModelConfig, TrainConfig, preset
+from gemlet.data import TokenStream, batch, document_starts
+from gemlet.device import DTYPES, pick_precision
 from gemlet.evaluate import evaluate_tokens
 from gemlet.loss import linear_cross_entropy
 from gemlet.model import Gemma, init_weights
@@ -40,8 +41,11 @@ CURVE_DOCUMENTS = 40
 COLORS = ("#3b76c4", "#c8403f", "#e0a030", "#3f9a6b", "#8250b4", "#6b7280")
 
 
-def shape(width: int) -> ModelConfig:
-    """The quick start's model at some width; at 128 it is just that."""
+def shape(model: str) -> ModelConfig:
+    """The quick start's model at some width (at 128 it is just that), or the model of a preset."""
+    if not model.isdecimal():
+        return preset(model).model
+    width = int(model)
     return ModelConfig(
         vocab_size=VOCABULARY,
         hidden_size=width,
@@ -72,7 +76,7 @@ class Recipe:
     """The weights are rounded to bfloat16 after every update: what weights kept in bfloat16 lose, on any machine."""
     decays_all: bool = False
     """Weight decay for embeddings and norms, too."""
-    post_norm_gain: float | None = None
+    post_norm_gain: float = 1
     """Initial gain of the norms behind attention and MLP."""
     embedding_scale: float = 1
     """Times the initial embedding."""
@@ -80,7 +84,7 @@ class Recipe:
     """Scored is an average of the weights over about this part of the steps."""
     momentum_from: float | None = None
     """Muon's momentum rises from here over the first 30 % of the steps."""
-    orthogonal_steps: int = 5
+    orthogonal_steps: int = 3
     """Newton-Schulz iterations of Muon."""
     aligned: bool = False
     """Every sequence begins with a document."""
@@ -105,8 +109,7 @@ OURS = Recipe(
         "decay_fraction": 0.6,
         "weight_decay": 0.0,
         "batch_size": 4,
-    },
-    post_norm_gain=1.0,
+    }
 )
 # AdamW at a rate that rises by mistake, large batches, bfloat16 weights, decay of everything. 1e-4 is reached after
 # 0.7 % of the tokens, and the rise fills whatever number of tokens there is, which is the kindest reading.
@@ -150,9 +153,10 @@ RECIPES = {
     "weight decay 0.1": OURS.but({"weight_decay": 0.1}),
     "beta2 0.99": OURS.but({"beta2": 0.99}),
     "momentum from 0.85": OURS.but(momentum_from=0.85),
-    "3 Newton-Schulz iterations": OURS.but(orthogonal_steps=3),
+    "5 Newton-Schulz iterations": OURS.but(orthogonal_steps=5),
     "no clipping": OURS.but({"grad_clip": 0.0}),
     "sequences begin with a document": OURS.but(aligned=True),
+    "a token sees its document alone": OURS.but({"separate_documents": True}),
 }
 PLOTTED = {
     "ours": "ours",
@@ -162,7 +166,7 @@ PLOTTED = {
 }
 
 
-def run(name: str, seed: int, tokens: int, width: int, data: Path, compiled: bool) -> dict[str, Any]:
+def run(name: str, seed: int, tokens: int, model_name: str, data: Path, compiled: bool) -> dict[str, Any]:
     """Train by a recipe; its curve [(tokens, loss)] and its loss at the end."""
     recipe = RECIPES[name]
     config = recipe.config(tokens, seed)
@@ -170,15 +174,17 @@ def run(name: str, seed: int, tokens: int, width: int, data: Path, compiled: boo
     documents = list(TokenStream.open(data, "validation").documents())
     documents = [d[1:] if d[:1] == tokenizer.prompt_ids("")[:1] else d for d in documents]
     n_bytes = sum(len(tokenizer.decode(ids).encode()) for ids in documents)
-    starts = document_starts(stream) if recipe.aligned else None
+    begins = beginnings(stream) if recipe.aligned else None
 
-    model = init_weights(Gemma(shape(width)), seed)
+    model = init_weights(Gemma(shape(model_name)), seed)
     for key, p in model.named_parameters():
-        if recipe.post_norm_gain is not None and "post_" in key:
+        if "post_" in key:
             p.data.fill_(recipe.post_norm_gain - 1)
         if "embed_tokens" in key:
             p.data.mul_(recipe.embedding_scale)
-    average = init_weights(Gemma(shape(width)), seed) if recipe.ema else model
+    average = init_weights(Gemma(shape(model_name)), seed) if recipe.ema else model
+    for each in (model, average):
+        each.compute_in(DTYPES[pick_precision("auto", each.device)])
     if compiled:
         for block in model.model.layers:
             block.compile(dynamic=False)
@@ -191,10 +197,11 @@ def run(name: str, seed: int, tokens: int, width: int, data: Path, compiled: boo
 
     curve, train_losses, due = [], [], 2**14
     for step in range(config.max_steps):
-        x, y = batch(stream, config, step) if starts is None else aligned_batch(stream, starts, config, step)
+        x, y = batch(stream, config, step) if begins is None else aligned_batch(stream, begins, config, step)
         total = 0.0
         for xs, ys in zip(x.split(8), y.split(8), strict=True):
-            part = linear_cross_entropy(model.model(xs), model.head_weight, ys) / y.numel()
+            starts = document_starts(xs, stream.begin_token_id) if config.separate_documents else None
+            part = linear_cross_entropy(model.model(xs, starts=starts), model.head_weight, ys) / y.numel()
             part.backward()
             total += part.item()
         train_losses.append(total)
@@ -245,20 +252,20 @@ def rising(step: int, config: TrainConfig) -> float:
     return 1 - 0.8 * (1 + math.cos(math.pi * done)) / 2
 
 
-def document_starts(stream: TokenStream) -> Tensor:
+def beginnings(stream: TokenStream) -> Tensor:
     """Where the documents begin that have a whole sequence before the end of the stream."""
     tokens = torch.from_numpy(stream.slice(0, len(stream)))
     starts = torch.cat((torch.zeros(1, dtype=torch.long), (tokens == stream.eos_token_id).nonzero().squeeze(1) + 1))
     return starts[starts + T + 1 <= len(stream)]
 
 
-def aligned_batch(stream: TokenStream, starts: Tensor, config: TrainConfig, step: int) -> tuple[Tensor, Tensor]:
+def aligned_batch(stream: TokenStream, begins: Tensor, config: TrainConfig, step: int) -> tuple[Tensor, Tensor]:
     """Like `gemlet.data.batch`, but every row begins with a document."""
     rows = []
     for row in range(step * config.batch_size, (step + 1) * config.batch_size):
-        epoch, index = divmod(row, len(starts))
-        order = torch.randperm(len(starts), generator=torch.Generator().manual_seed(config.seed * 1000 + epoch))
-        rows.append(torch.from_numpy(stream.slice(int(starts[order[index]]), T + 1)))
+        epoch, index = divmod(row, len(begins))
+        order = torch.randperm(len(begins), generator=torch.Generator().manual_seed(config.seed * 1000 + epoch))
+        rows.append(torch.from_numpy(stream.slice(int(begins[order[index]]), T + 1)))
     tokens = torch.stack(rows)
     return tokens[:, :-1], tokens[:, 1:]
 
@@ -323,9 +330,9 @@ def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def report(out: Path, tokens: int, width: int) -> None:
-    """Write table.md and recipe.png from the runs of this width on this many tokens."""
-    runs = [r for r in read(out / "runs.jsonl") if (r["budget"], r["width"]) == (tokens, width)]
+def report(out: Path, tokens: int, model: str) -> None:
+    """Write table.md and recipe.png from the runs of this model on this many tokens."""
+    runs = [r for r in read(out / "runs.jsonl") if (r["budget"], r["model"]) == (tokens, model)]
     text = table(runs)
     ours = [r for r in runs if r["recipe"] == "ours"]
     for name in (n for n in RECIPES if n.startswith("seed")):
@@ -346,7 +353,7 @@ def main() -> None:
     parser.add_argument("--valid", required=True, help="documents to score")
     parser.add_argument("--out", required=True, type=Path, help="folder of the tokens, the runs, table and plot")
     parser.add_argument("--tokens", type=int, default=400_000, help="tokens of a run (400,000)")
-    parser.add_argument("--width", type=int, default=64, help="of the model (64)")
+    parser.add_argument("--model", default="64", help="the width of a small model, or a preset (64)")
     parser.add_argument("--seeds", type=int, default=1, help="runs a recipe (1)")
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES), help="names (all)")
     parser.add_argument("--compile", action="store_true", help="compile the blocks: pays from a few runs on")
@@ -357,14 +364,14 @@ def main() -> None:
     file.touch()
     for seed in range(args.seeds):
         for name in args.recipes:
-            done = {(r["recipe"], r["seed"], r["budget"], r["width"]) for r in read(file)}
-            if (name, seed, args.tokens, args.width) in done:
+            done = {(r["recipe"], r["seed"], r["budget"], r["model"]) for r in read(file)}
+            if (name, seed, args.tokens, args.model) in done:
                 continue
-            result = run(name, seed, args.tokens, args.width, args.out / "tokens", args.compile)
+            result = run(name, seed, args.tokens, args.model, args.out / "tokens", args.compile)
             with file.open("a") as f:
-                f.write(json.dumps({**result, "budget": args.tokens, "width": args.width}) + "\n")
+                f.write(json.dumps({**result, "budget": args.tokens, "model": args.model}) + "\n")
             print(f"{name:<40} {seed} {result['tokens']:>9,} tokens {result['loss']:.4f}", flush=True)
-    report(args.out, args.tokens, args.width)
+    report(args.out, args.tokens, args.model)
 
 
 if __name__ == "__main__":

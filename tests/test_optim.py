@@ -68,7 +68,7 @@ def test_muon_is_torchs_muon():
     ours = [torch.nn.Parameter(torch.randn(s)) for s in ((24, 12), (24, 12), (12, 24))]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     mine = Muon(ours, lr=0.02, momentum=0.9, weight_decay=0.1)
-    torchs = torch.optim.Muon(theirs, lr=0.02, momentum=0.9, weight_decay=0.1)
+    torchs = torch.optim.Muon(theirs, lr=0.02, momentum=0.9, weight_decay=0.1, ns_steps=3)
     for _ in range(4):
         for a, b in zip(ours, theirs, strict=True):
             a.grad = torch.randn_like(a)
