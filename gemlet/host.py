@@ -35,8 +35,8 @@ def may_have_gpu(devices: Path = Path("/dev")) -> bool:
 def reuse_memory() -> None:
     """Make the large buffers of a training step cheap to get again, on Linux: a step frees and asks for gigabytes.
 
-    torch asks for pages of 2 MiB if told so before its first tensor, and glibc keeps what is freed for the next step
-    instead of returning it. Each page that the kernel has to clear costs as much as a thousand products.
+    torch asks for pages of 2 MiB if told so before its first tensor, and glibc keeps all that is freed for the next step
+    instead of returning it, since the kernel clears every page that it gives.
     """
     if sys.platform != "linux":
         return
@@ -45,6 +45,6 @@ def reuse_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # another C library
         return
-    trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
+    trim_threshold, mmap_max = -1, -4  # their numbers in malloc.h
     mallopt(trim_threshold, 2**31 - 1)
-    mallopt(mmap_threshold, 2**25)  # as much as glibc allows
+    mallopt(mmap_max, 0)  # nothing beside the heap, whatever its size
