@@ -35,7 +35,7 @@ def may_have_gpu(devices: Path = Path("/dev")) -> bool:
 def reuse_memory() -> None:
     """Make the large buffers of a training step cheap to get again, on Linux: a step frees and asks for gigabytes.
 
-    torch asks for pages of 2 MiB if told so before its first tensor, and glibc keeps all that is freed for the next step
+    torch asks for pages of 2 MiB if told so before its first tensor, and glibc keeps what is freed for the next step
     instead of returning it, since the kernel clears every page that it gives.
     """
     if sys.platform != "linux":
