@@ -4,6 +4,8 @@ The head and the loss are computed chunk by chunk of tokens, and each chunk's gr
 are still at hand: whatever the batch, no more logits exist at a time than those of a chunk.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,12 +13,11 @@ from torch import Tensor
 IGNORE = -100
 """A target that is not scored."""
 
-CHUNK_LOGITS = 2**22
-"""Logits alive at a time: 16 MiB in float32, which keeps a GPU busy enough. In half precision twice as many."""
+CHUNK_BYTES = 2**26
+"""Of logits alive at a time."""
 
 CHUNK_TOKENS = 256
-"""A chunk has at least so many tokens: the head and its gradient are read, and the gradient written, for each one.
-In half precision, where the product costs less than the gradient's way to memory, twice as many."""
+"""A chunk may have so many tokens in any case: the head is read, and its gradient read and written, for each chunk."""
 
 PIECE = 2**20
 """Elements that a CPU takes at a time between two products, so that they stay in its cache."""
@@ -44,12 +45,14 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(out).view(targets.shape)
 
 
-def _chunk_tokens(weight: Tensor) -> int:
-    return max(CHUNK_TOKENS, CHUNK_LOGITS // len(weight)) * (4 // weight.element_size())
+def _chunk_tokens(tokens: int, weight: Tensor) -> int:
+    """Tokens in a chunk, the same in each."""
+    most = max(CHUNK_TOKENS, CHUNK_BYTES // (len(weight) * weight.element_size()))
+    return math.ceil(tokens / max(1, math.ceil(tokens / most))) or 1
 
 
 def _chunks(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    return x.split(_chunk_tokens(weight))
+    return x.split(_chunk_tokens(len(x), weight))
 
 
 def _piece_rows(x: Tensor) -> int:
@@ -65,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needed else None
         grad_weight = torch.empty_like(weight, dtype=torch.float32) if needed else None
         # One buffer for all chunks, since memory of this size is dear to get: logits, and then their gradient
-        buffer = hidden.new_empty(min(_chunk_tokens(w), len(hidden)), len(w))
+        buffer = hidden.new_empty(_chunk_tokens(len(hidden), w), len(w))
         at = 0
         for h, t in zip(_chunks(hidden, w), _chunks(targets, w), strict=True):
             scored = (t != IGNORE)[:, None]

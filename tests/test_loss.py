@@ -20,10 +20,10 @@ def case(tokens=(3, 50), width=16, vocabulary=301, seed=0):
     return hidden, weight, targets
 
 
-@pytest.fixture(params=[1, 301 * 70, 2**30])
+@pytest.fixture(params=[1, 4 * 301 * 70, 2**30])
 def chunks(request, monkeypatch):
     """Chunks of one token, of seventy, of all."""
-    monkeypatch.setattr("gemlet.loss.CHUNK_LOGITS", request.param)
+    monkeypatch.setattr("gemlet.loss.CHUNK_BYTES", request.param)
     monkeypatch.setattr("gemlet.loss.CHUNK_TOKENS", 1)
 
 
@@ -68,7 +68,7 @@ def test_losses_of_single_targets_add_up():
 
 
 def test_never_more_logits_than_a_chunk(monkeypatch):
-    monkeypatch.setattr("gemlet.loss.CHUNK_LOGITS", 301 * 64)
+    monkeypatch.setattr("gemlet.loss.CHUNK_BYTES", 4 * 301 * 64)
     monkeypatch.setattr("gemlet.loss.CHUNK_TOKENS", 1)
     largest = 0
 
