@@ -105,6 +105,13 @@ def test_parameter_counts_of_the_270m_shape(changes, parameters):
     assert sum(p.numel() for p in model.parameters()) == parameters == config.num_parameters
 
 
+def test_a_deep_model_begins_near_the_identity():
+    model = init_weights(Gemma(tiny_config(num_hidden_layers=18, layer_types=None)))
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            torch.testing.assert_close(p, torch.full_like(p, -0.8 if "post_" in name else 0.0))
+
+
 def test_init_draws_every_weight_as_its_table_says():
     config = tiny_config(vocab_size=4096, hidden_size=64, intermediate_size=256, tie_word_embeddings=False)
     model = Gemma(config)
