@@ -109,7 +109,9 @@ def _parse(verb: str, flags: list[str]) -> Any:
     default: dict[str, Any] = {}
     if kind in (Quickstart, Train, Plan):
         missing = {"out": tyro.MISSING} if kind is Train else {}
-        default = {"default": kind(run=_run_before_flags([] if kind is Quickstart else flags), **missing)}
+        run = _run_before_flags([] if kind is Quickstart else flags)
+        default = {"default": kind(run=run, **missing)}
+        flags = [flag for flag in flags if not _says_what_is(flag, run)]
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors), _pydantic_flags():
@@ -137,6 +139,13 @@ def _run_before_flags(flags: list[str]) -> RunConfig:
     if "--resume" in flags and not given["--preset"] and saved.is_file():
         return RunConfig.from_toml(saved.read_text("utf-8"), str(saved))
     return preset(given["--preset"] or "tales")
+
+
+def _says_what_is(flag: str, run: RunConfig) -> bool:
+    """Whether a switch asks for what the run has anyway: tyro knows only the form that changes it."""
+    section, _, name = flag.removeprefix("--").replace("-", "_").partition(".")
+    wanted = not name.startswith("no_")
+    return getattr(getattr(run, section, None), name.removeprefix("no_"), None) is wanted
 
 
 def _pydantic_flags() -> ConstructorRegistry:

@@ -132,6 +132,15 @@ def test_every_field_is_a_flag_and_the_preset_is_its_default(run):
     assert parsed.run == validated(RunConfig, expected, "expected")
 
 
+@pytest.mark.parametrize("preset", ["tales", "tinystories-10min"])  # off in one, on in the other
+@pytest.mark.parametrize(
+    ("flag", "apart"), [("--train.separate-documents", True), ("--train.no-separate-documents", False)]
+)
+def test_a_switch_has_both_forms_whatever_the_preset(preset, flag, apart):
+    verb = cli._parse("train", ["--preset", preset, flag, "--out", "x"])
+    assert verb.run.train.separate_documents is apart
+
+
 def test_resuming_starts_from_the_configuration_of_the_run(run, capsys):
     parsed = cli._parse("train", ["--resume", "--out", str(run / "run"), "--train.max-steps", "6"])
     saved = RunConfig.from_toml((run / "run" / "config.toml").read_text("utf-8"))
