@@ -44,7 +44,7 @@ COLORS = ("#3b76c4", "#c8403f", "#e0a030", "#3f9a6b", "#8250b4", "#6b7280")
 def shape(model: str) -> ModelConfig:
     """The quick start's model at some width (at 128 it is just that), or the model of a preset."""
     if not model.isdecimal():
-        return preset(model).model
+        return preset(model).model.replace(vocab_size=VOCABULARY)
     width = int(model)
     return ModelConfig(
         vocab_size=VOCABULARY,

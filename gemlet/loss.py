@@ -48,7 +48,8 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def _chunk_tokens(tokens: int, weight: Tensor) -> int:
     """Tokens in a chunk, the same in each."""
     most = max(CHUNK_TOKENS, CHUNK_BYTES // (len(weight) * weight.element_size()))
-    return math.ceil(tokens / max(1, math.ceil(tokens / most))) or 1
+    chunks = max(1, math.ceil(tokens / most))
+    return max(1, math.ceil(tokens / chunks))
 
 
 def _chunks(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -105,11 +106,8 @@ def _to_gradient(logits: Tensor, targets: Tensor, scored: Tensor) -> Tensor:
     """
     total = logits.new_zeros((), dtype=torch.float32)
     rows = _piece_rows(logits)
-    floats = (
-        None
-        if logits.dtype == torch.float32
-        else logits.new_empty(min(rows, len(logits)), logits.shape[1], dtype=torch.float32)
-    )
+    shape = min(rows, len(logits)), logits.shape[1]
+    floats = None if logits.dtype == torch.float32 else logits.new_empty(shape, dtype=torch.float32)
     for part, t, s in zip(logits.split(rows), targets.split(rows), scored.split(rows), strict=True):
         p = part if floats is None else floats[: len(part)].copy_(part)
         target, top = p.gather(1, t), p.amax(-1, keepdim=True)
@@ -132,4 +130,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
         return
     rows = _piece_rows(total)
     for part, factor in zip(total.split(rows), a.split(rows), strict=True):
-        part.copy_(factor @ b) if fresh else part.add_(factor @ b)
+        if fresh:
+            part.copy_(factor @ b)
+        else:
+            part += factor @ b
