@@ -98,14 +98,18 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
             for shape, params in by_shape.items():
-                nesterov = []
-                for p in params:
-                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    momentum.lerp_(p.grad, 1 - group["momentum"])
-                    nesterov.append(torch.lerp(p.grad, momentum, group["momentum"]))
+                nesterov = params[0].new_empty(len(params), *shape)
+                for p, stacked in zip(params, nesterov, strict=True):
+                    if "momentum" not in self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                    momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                    torch.lerp(p.grad, momentum, group["momentum"], out=stacked)
+                updates = orthogonalise(nesterov).to(nesterov.dtype)
                 rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-                for p, update in zip(params, orthogonalise(torch.stack(nesterov)), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+                for p, update in zip(params, updates, strict=True):
+                    if group["weight_decay"]:
+                        p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-rate)
 
 
 def orthogonalise(x: Tensor, steps: int = 3) -> Tensor:
