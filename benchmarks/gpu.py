@@ -9,7 +9,7 @@ that fails leaves its error there, and the others go on. Nothing is fetched from
 
 - throughput: a whole training step (forward, backward, clipping, AdamW), float32 weights, 16-bit products, T = 512,
   the same random tokens for all; tokens/s from the median step, MFU by `metrics.flops_per_token`, the most memory.
-- long: the same of one sequence of 32,768.
+- long: the same of one sequence of 32,768; ours also with less memory, at the cost of some products.
 - vocabulary: the same with 262,144 tokens, beside a plain cross-entropy over all logits (the port).
 - decode: greedy tokens/s behind a short prompt, after a warm-up, all sequences together.
 - recipe: `gemlet train` itself with a preset, for a fixed time: as many steps as the time allows at the rate that a
@@ -57,7 +57,10 @@ def parts(args: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     found: dict[str, Callable[[], dict[str, Any]]] = {}
     for rival in RIVALS:
         found[f"throughput, {rival}"] = lambda r=rival: training(args, model, r, rows, length)
-    found["throughput, gemlet with Muon"] = lambda: training(args, model, "gemlet", rows, length, "muon")
+    found["throughput, gemlet with Muon"] = lambda: training(args, model, "gemlet", rows, length, optimizer="muon")
+    found["long, gemlet, MLPs computed again"] = lambda: training(
+        args, model, "gemlet", 1, long, gradient_checkpointing=True
+    )
     for rival in ("gemlet", "transformers", "plain compiled"):
         found[f"long, {rival}"] = lambda r=rival: training(args, model, r, 1, long)
     for rival in ("gemlet", "plain compiled"):
@@ -75,13 +78,13 @@ def parts(args: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
 
 
 def training(
-    args: argparse.Namespace, model: ModelConfig, rival: str, rows: int, length: int, optimizer: str = "adamw"
+    args: argparse.Namespace, model: ModelConfig, rival: str, rows: int, length: int, **changes: Any
 ) -> dict[str, Any]:
-    """Steps of one model on random tokens."""
+    """Steps of one model on random tokens; `changes` of TrainConfig."""
     device = torch.device(args.device)
     precision = pick_precision("auto", device)
     train = RunConfig().train.replace(
-        batch_size=rows, sequence_length=length, optimizer=optimizer, device=args.device, precision=precision
+        batch_size=rows, sequence_length=length, device=args.device, precision=precision, **changes
     )
     run = RunConfig(model=model, train=train)
     began = time.perf_counter()
@@ -112,13 +115,11 @@ def training(
 
 def _gemlet_step(run: RunConfig, device: torch.device, compiled: bool) -> Callable[[], object]:
     from gemlet.data import TokenStream
-    from gemlet.train import new_state, train_step
+    from gemlet.train import new_state, speed_up, train_step
 
-    state = new_state(run, device)
+    state, t = new_state(run, device), run.train
     if compiled:
-        for block in state.model.model.layers:
-            block.compile(dynamic=False)
-    t = run.train
+        speed_up(state, t)
     size = (64 * t.batch_size + 2) * t.sequence_length
     tokens = np.random.default_rng(0).integers(0, run.model.vocab_size, size).astype(np.uint32)
     stream = TokenStream([tokens], 0)
@@ -239,7 +240,10 @@ def decoding(args: argparse.Namespace, config: ModelConfig, rival: str, batch: i
 
 def recipe(args: argparse.Namespace, seconds: int) -> dict[str, Any]:
     """A preset trained on real text for a fixed time of training, and what it then scores on held-out documents."""
+    from gemlet.evaluate import evaluate
+    from gemlet.lm import load
     from gemlet.prepare import prepare
+    from gemlet.sources import documents
     from gemlet.train import train
 
     run = preset("tales" if args.tiny else args.preset)
@@ -256,13 +260,20 @@ def recipe(args: argparse.Namespace, seconds: int) -> dict[str, Any]:
         train(short, Path(folder, "short"), quiet=True)
         rate = statistics.median(_logged(Path(folder, "short"), "train/tok_per_sec")[-10:])
         steps = max(8, int(rate * seconds / run.train.tokens_per_step))
+        # the text may be small for so many tokens: the best of eight checkpoints counts
         whole = run.train.replace(
-            **often, max_steps=steps, warmup_steps=min(run.train.warmup_steps, steps // 4), eval_every=steps,
+            **often, max_steps=steps, warmup_steps=min(run.train.warmup_steps, steps // 4), eval_every=-(-steps // 8),
             save_every=steps, compile=short.train.compile,
         )  # fmt: skip
         result = train(run.replace(data=data, train=whole), Path(folder, "run"), quiet=True)
         rates = _logged(Path(folder, "run"), "train/tok_per_sec")
+        scored = {}
+        if args.valid:
+            lm = load(result.checkpoint, device=args.device)
+            found = evaluate(lm.model, lm.tokenizer, documents(args.valid))
+            scored = {"valid": Path(args.valid).name, "valid_bits_per_byte": found.bits_per_byte}
         return {
+            **scored,
             "seconds_of_training": steps * run.train.tokens_per_step / statistics.mean(rates),
             "seconds_in_all": result.seconds,
             "steps": steps,
@@ -309,8 +320,9 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a dry run on shapes that mean nothing")
     parser.add_argument("--only", action="append", default=[], help="parts whose name begins so; may be repeated")
-    parser.add_argument("--batch", type=int, default=32, help="sequences of 512 in a training step")
+    parser.add_argument("--batch", type=int, default=64, help="sequences of 512 in a training step")
     parser.add_argument("--data", default="tales", help="what the recipe is trained on: a file, a folder, or tales")
+    parser.add_argument("--valid", help="documents that the recipe's result is scored on, beside those it holds out")
     parser.add_argument("--preset", default="stories-42m", help="the recipe's preset")
     parser.add_argument("--timeout", type=float, default=900, help="seconds that a part may take")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/gpu.json"))

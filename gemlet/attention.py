@@ -15,10 +15,13 @@ The contract of every function here, `attention(q, k, v, *, window, scale, start
 
 from collections.abc import Iterator
 from functools import partial
+from inspect import signature
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 
 def attention(
@@ -33,6 +36,8 @@ def attention(
     if _on_cpu(q):
         way = blocked if T * S <= UNROLLED else recomputed
         return way(q, k, v, window=window, scale=scale, starts=starts)
+    if q.is_cuda and q.dtype == torch.bfloat16 and starts is None and (T < S or window is not None):
+        return windowed(q, k, v, window=window, scale=scale)
     if T == S and window is not None and 2 * window < T:
         return block_local(q, k, v, window=window, scale=scale, starts=starts)
     if starts is not None:
@@ -224,6 +229,21 @@ def block_local(q: Tensor, k: Tensor, v: Tensor, *, window: int, scale: float, s
     tail = _sdpa(q, k, v, scale=scale, attn_mask=mask)
     tail = tail.reshape(B, n, N, W, H).transpose(1, 2).reshape(B, N, n * W, H)
     return torch.cat((head, tail), 2)[:, :, :T]
+
+
+GROUPED: Any = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+"""Says that there are fewer key heads than query heads; torch 2.11 does not want to be told."""
+
+
+def windowed(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float) -> Tensor:
+    """FlashAttention's kernel (arXiv 2307.08691) for rows of any lengths, which knows windows: 16 bits, NVIDIA's GPUs."""
+    B, _, T, _ = q.shape
+    S = k.shape[2]
+    ends = torch.arange(B + 1, dtype=torch.int32, device=q.device)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * T, N, H]
+    seen = -1 if window is None else window - 1, 0  # before the query, which is not counted here, and behind it
+    y = varlen_attn(q, k, v, ends * T, ends * S, T, S, scale=scale, window_size=seen, **GROUPED)
+    return y.unflatten(0, (B, T)).transpose(1, 2)
 
 
 def _on_cpu(x: Tensor) -> bool:

@@ -327,6 +327,8 @@ class TrainConfig(_Strict):
     """Sequences in a step, over all micro-batches and ranks."""
     micro_batch_size: Positive | None = None
     """Sequences in a micro-batch on one rank; must divide the batch. Unset: the whole batch."""
+    gradient_checkpointing: bool = False
+    """Whether the MLPs are computed again on the way back, instead of keeping half of the memory of a long sequence."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw: AdamW on everything. muon: Muon on the matrices of the blocks, AdamW on the rest."""
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3e-3

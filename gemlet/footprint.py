@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from gemlet.config import RunConfig
 from gemlet.data import TokenStream
 from gemlet.device import DTYPES
+from gemlet.loss import ALIGNED
 from gemlet.model import Gemma
 from gemlet.optim import make_optimizers
 from gemlet.train import TrainState, train_step
@@ -114,6 +115,7 @@ def _peaks(config: RunConfig, layers: tuple[str, ...], device: torch.device) -> 
     with without_data, _Storages(run.model.vocab_size) as storages, device:
         model = Gemma(run.model)
         model.compute_in(DTYPES[t.precision])
+        model.model.recompute_mlps(t.gradient_checkpointing)
         state = TrainState(model, make_optimizers(model, run.train), torch.amp.GradScaler("cpu", enabled=False))
         for p in model.parameters():
             storages.hold(p, "weights")
@@ -154,7 +156,7 @@ class _Storages(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.kinds:
-                is_logits = x.ndim == 2 and x.shape[1] == self.vocab_size
+                is_logits = x.ndim == 2 and self.vocab_size <= x.shape[1] < self.vocab_size + ALIGNED
                 self._add(x, "logits" if is_logits else "activations")
         if self.alive.total() > self.peaks.setdefault(self.phase, Counter()).total():
             self.peaks[self.phase] = self.alive.copy()

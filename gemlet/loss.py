@@ -4,7 +4,10 @@ The head and the loss are computed chunk by chunk of tokens, and each chunk's gr
 are still at hand: whatever the batch, no more logits exist at a time than those of a chunk.
 """
 
+import functools
 import math
+from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,14 @@ IGNORE = -100
 """A target that is not scored."""
 
 CHUNK_BYTES = 2**26
-"""Of logits alive at a time."""
+"""Of logits alive at a time, on a CPU."""
+
+CHUNK_BYTES_GPU = 2**29
+"""The same on a GPU, whose products want more rows to be fast."""
+
+ALIGNED = 64
+"""A GPU multiplies at full speed where rows begin at multiples of 16 bytes: its logits have so many columns, or twice
+as many, and so on, whatever the vocabulary."""
 
 CHUNK_TOKENS = 256
 """A chunk may have so many tokens in any case: the head is read, and its gradient read and written, for each chunk."""
@@ -39,21 +49,29 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """-log p(target) in nats for every target (0 where IGNORE), [...] in float32; no gradient, chunked alike."""
     flat, out = hidden.reshape(-1, hidden.shape[-1]), []
-    weight = weight.to(hidden.dtype)
-    for h, t in zip(_chunks(flat, weight), _chunks(targets.reshape(-1), weight), strict=True):
-        out.append(F.cross_entropy((h @ weight.T).float(), t, ignore_index=IGNORE, reduction="none"))
+    w = _aligned(weight.to(hidden.dtype))
+    for h, t in zip(_chunks(flat, w), _chunks(targets.reshape(-1), w), strict=True):
+        logits = (h @ w.T)[:, : len(weight)].float()
+        out.append(F.cross_entropy(logits, t, ignore_index=IGNORE, reduction="none"))
     return torch.cat(out).view(targets.shape)
 
 
 def _chunk_tokens(tokens: int, weight: Tensor) -> int:
     """Tokens in a chunk, the same in each."""
-    most = max(CHUNK_TOKENS, CHUNK_BYTES // (len(weight) * weight.element_size()))
+    of_logits = CHUNK_BYTES if weight.device.type == "cpu" else CHUNK_BYTES_GPU
+    most = max(CHUNK_TOKENS, of_logits // (len(weight) * weight.element_size()))
     chunks = max(1, math.ceil(tokens / most))
     return max(1, math.ceil(tokens / chunks))
 
 
 def _chunks(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return x.split(_chunk_tokens(len(x), weight))
+
+
+def _aligned(weight: Tensor) -> Tensor:
+    """On a GPU with rows of zeros to a multiple of ALIGNED."""
+    missing = -len(weight) % ALIGNED
+    return weight if weight.device.type == "cpu" or not missing else F.pad(weight, (0, 0, 0, missing))
 
 
 def _piece_rows(x: Tensor) -> int:
@@ -63,11 +81,11 @@ def _piece_rows(x: Tensor) -> int:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        w = weight.to(hidden.dtype)
+        w = _aligned(weight.to(hidden.dtype))
         total = hidden.new_zeros((), dtype=torch.float32)
         needed = hidden.requires_grad or weight.requires_grad
         grad_hidden = torch.empty_like(hidden) if needed else None
-        grad_weight = torch.empty_like(weight, dtype=torch.float32) if needed else None
+        grad_weight = torch.empty_like(w, dtype=torch.float32) if needed else None
         # One buffer for all chunks, since memory of this size is dear to get: logits, and then their gradient
         buffer = hidden.new_empty(_chunk_tokens(len(hidden), w), len(w))
         at = 0
@@ -75,12 +93,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scored = (t != IGNORE)[:, None]
             logits = buffer[: len(h)]
             _multiply(h, w, logits)
-            total += _to_gradient(logits, t[:, None].where(scored, 0), scored)
+            total += _softmax(logits.device.type)(logits, t, len(weight), IGNORE)
             if grad_hidden is not None and grad_weight is not None:
                 torch.mm(logits, w, out=grad_hidden[at : at + len(h)]).mul_(scored)
                 _add_product(grad_weight, logits.T, h * scored, fresh=at == 0)
             at += len(h)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight[: len(weight)])
         ctx.weight_dtype = weight.dtype
         return total
 
@@ -99,11 +117,26 @@ def _multiply(h: Tensor, w: Tensor, out: Tensor) -> None:
         torch.mm(h, part.T, out=columns)
 
 
-def _to_gradient(logits: Tensor, targets: Tensor, scored: Tensor) -> Tensor:
+@functools.cache
+def _softmax(device_type: str) -> Callable[[Tensor, Tensor, int, int], Tensor]:
+    """The fastest `_to_gradient` there is."""
+    if device_type == "cuda":
+        with suppress(ImportError):  # Triton, which comes with torch wherever it is known to work
+            from gemlet.kernels.softmax import to_gradient
+
+            return to_gradient
+    return _to_gradient
+
+
+def _to_gradient(logits: Tensor, targets: Tensor, vocabulary: int, ignore: int) -> Tensor:
     """The sum of -log p(target) over what is scored; logits [n, V] become softmax - one-hot, their gradient.
 
-    What is not scored is left out of the other factor of the products, which is small.
+    Columns beyond the vocabulary become 0. Rows that are not scored have no defined gradient: they are left out of the
+    other factor of the products, which is small.
     """
+    logits[:, vocabulary:] = -torch.inf
+    scored = (targets != ignore)[:, None]
+    targets = targets[:, None].where(scored, 0)
     total = logits.new_zeros((), dtype=torch.float32)
     rows = _piece_rows(logits)
     shape = min(rows, len(logits)), logits.shape[1]
@@ -127,6 +160,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
     """
     if a.dtype == total.dtype:
         total.addmm_(a, b, beta=0 if fresh else 1)
+        return
+    if a.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=0 if fresh else 1, out=total)
         return
     rows = _piece_rows(total)
     for part, factor in zip(total.split(rows), a.split(rows), strict=True):

@@ -52,7 +52,31 @@ def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
     """Put every group at `factor` times its peak rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+            rate = group["peak_lr"] * factor
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+
+def clip(gradients: list[Tensor], most: float) -> Tensor:
+    """Scale gradients down to the norm `most` (0: not at all), unless they are not finite; returns the norm before.
+
+    Nothing here waits for the device.
+    """
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if most:
+        factor = (most / (norm + 1e-6)).clamp(max=1)
+        torch._foreach_mul_(gradients, torch.where(norm.isfinite(), factor, 1.0))
+    return norm
+
+
+def update(optimizers: list[torch.optim.Optimizer]) -> None:
+    """A step of each of them; it can be captured in a CUDA graph where the learning rates are tensors."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["capturable"] = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        optimizer.step()
 
 
 def export_state(optimizers: list[torch.optim.Optimizer], model: nn.Module) -> dict[str, Tensor]:
@@ -98,18 +122,18 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
             for shape, params in by_shape.items():
-                nesterov = params[0].new_empty(len(params), *shape)
-                for p, stacked in zip(params, nesterov, strict=True):
+                grads = [p.grad for p in params]
+                for p in params:
                     if "momentum" not in self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
-                    momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                    torch.lerp(p.grad, momentum, group["momentum"], out=stacked)
-                updates = orthogonalise(nesterov).to(nesterov.dtype)
+                momenta = [self.state[p]["momentum"] for p in params]
+                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                nesterov = torch.stack(grads).lerp_(torch.stack(momenta), group["momentum"])
                 rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-                for p, update in zip(params, updates, strict=True):
-                    if group["weight_decay"]:
-                        p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-rate)
+                updates = orthogonalise(nesterov).to(nesterov.dtype).mul_(-rate)
+                if group["weight_decay"]:
+                    torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, list(updates))
 
 
 def orthogonalise(x: Tensor, steps: int = 3) -> Tensor:

@@ -26,7 +26,7 @@ from gemlet.footprint import Memory, kinds_of_layers, step_memory, with_training
 from gemlet.host import reuse_memory
 from gemlet.loss import linear_cross_entropy
 from gemlet.metrics import flops_per_token, gpu_peak_flops, peak_flops
-from gemlet.optim import make_optimizers
+from gemlet.optim import clip, make_optimizers, update
 from gemlet.train import COMPILE_PAYS, new_state
 
 GPU_MEMORY_GIB = {
@@ -404,12 +404,8 @@ def _update_seconds(model: nn.Module, optimizers: list, train: TrainConfig, devi
     """Norm, clipping and the optimizers' step for the parameters of a model."""
 
     def run() -> None:
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if train.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), train.grad_clip, norm)
-        for optimizer in optimizers:
-            optimizer.step()
+        clip([p.grad for p in model.parameters() if p.grad is not None], train.grad_clip)
+        update(optimizers)
 
     return _seconds(run, device)
 

@@ -11,13 +11,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from gemlet.capture import Captured
 from gemlet.checkpoint import Checkpoints, run_lock
-from gemlet.config import RunConfig
+from gemlet.config import RunConfig, TrainConfig
 from gemlet.data import TokenStream, batch, document_starts
 from gemlet.device import DTYPES, can_compile, pick_device, pick_precision
 from gemlet.errors import GemletError, TrainingError
@@ -28,7 +31,7 @@ from gemlet.host import reuse_memory
 from gemlet.loss import linear_cross_entropy
 from gemlet.metrics import RunLog, draw_loss, flops_per_token, peak_flops, peak_memory_gib, preparation
 from gemlet.model import Gemma, init_weights
-from gemlet.optim import export_state, import_state, lr_at, make_optimizers, set_lr
+from gemlet.optim import clip, export_state, import_state, lr_at, make_optimizers, set_lr, update
 from gemlet.prepare import Meta, load_meta, prepare, verify
 from gemlet.sampling import SamplingParams
 from gemlet.tokenizer import Tokenizer
@@ -61,13 +64,19 @@ class TrainResult:
 
 @dataclass
 class TrainState:
-    """What changes while a run goes on, and all that a checkpoint keeps."""
+    """What changes while a run goes on; the first five fields are all that a checkpoint keeps."""
 
     model: Gemma
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     step: int = 0
     best: dict[str, float] = field(default_factory=lambda: {"step": 0, "loss": math.inf, "bpb": math.inf})
+    passes: Captured | None = None
+    """On an NVIDIA GPU, what launches the passes of a step at once."""
+    update: Captured | None = None
+    """The same for what the optimizers do."""
+    ahead: tuple[tuple, tuple[Tensor, ...]] = ((), ())
+    """A batch made while the GPU computed, and whose it is."""
 
 
 def train(
@@ -108,31 +117,51 @@ def train_step(state: TrainState, stream: TokenStream, config: RunConfig) -> tup
     that is not finite raises a TrainingError, with the weights as they were.
     """
     c, model, scaler = config.train, state.model, state.scaler
-    device = model.device
-    inputs, targets = (x.to(device, non_blocking=True) for x in batch(stream, c, state.step))
-    loss = torch.zeros((), device=device)
-    for x, y in zip(inputs.split(c.micro_batch), targets.split(c.micro_batch), strict=True):
-        starts = document_starts(x, stream.begin_token_id) if c.separate_documents else None
-        part = linear_cross_entropy(model.model(x, starts=starts), model.head_weight, y) / targets.numel()
-        scaler.scale(part).backward()
-        loss += part.detach()
+    inputs, targets = (x.to(model.device, non_blocking=True) for x in _batch(state, stream, c))
+    compute = partial(_gradients, model, scaler, c.micro_batch, stream.begin_token_id if c.separate_documents else None)
+    loss = state.passes(compute, inputs, targets) if state.passes else compute(inputs, targets)
     for optimizer in state.optimizers:
         scaler.unscale_(optimizer)
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = clip([p.grad for p in model.parameters() if p.grad is not None], c.grad_clip)
+    set_lr(state.optimizers, lr_at(state.step, c))
+    if model.device.type == "cuda":  # it computes all that meanwhile
+        state.ahead = (stream, c, state.step + 1), tuple(x.pin_memory() for x in batch(stream, c, state.step + 1))
+    loss, norm = loss.item(), norm.item()  # here it is waited for, and nowhere else
     if math.isfinite(norm) and math.isfinite(loss):
-        if c.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), c.grad_clip, norm)
-        set_lr(state.optimizers, lr_at(state.step, c))
-        for optimizer in state.optimizers:
-            scaler.step(optimizer)
+        if state.update:
+            state.update(partial(update, state.optimizers))
+        else:
+            for optimizer in state.optimizers:
+                scaler.step(optimizer)
     elif not scaler.is_enabled() or not math.isfinite(loss) or scaler.get_scale() < 1:
-        raise TrainingError(_non_finite(state, loss.item(), norm.item(), c.lr * lr_at(state.step, c)))
+        raise TrainingError(_non_finite(state, loss, norm, c.lr * lr_at(state.step, c)))
     scaler.update()  # in fp16 an overflow skips the update and halves the scale
     for optimizer in state.optimizers:
         optimizer.zero_grad()
     state.step += 1
-    return loss.item(), norm.item()
+    return loss, norm
+
+
+def _batch(state: TrainState, stream: TokenStream, config: TrainConfig) -> tuple[Tensor, ...]:
+    """The step's batch, which may have been made ahead."""
+    made_for, rows = state.ahead
+    return rows if made_for == (stream, config, state.step) else batch(stream, config, state.step)
+
+
+def _gradients(
+    model: Gemma, scaler: torch.amp.GradScaler, rows: int, begin_token_id: int | None, inputs: Tensor, targets: Tensor
+) -> Tensor:
+    """Add the gradients of the mean loss to those of the weights, in micro-batches of `rows`; the mean loss.
+
+    Documents are kept apart where the token that begins them is given.
+    """
+    loss = torch.zeros((), device=model.device)
+    for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
+        starts = None if begin_token_id is None else document_starts(x, begin_token_id)
+        part = linear_cross_entropy(model.model(x, starts=starts), model.head_weight, y) / targets.numel()
+        scaler.scale(part).backward()
+        loss += part.detach()
+    return loss
 
 
 def with_tokenizer(config: RunConfig, tokens: Path) -> tuple[RunConfig, Tokenizer]:
@@ -178,8 +207,28 @@ def new_state(config: RunConfig, device: torch.device) -> TrainState:
     model = init_weights(Gemma(config.model), config.train.seed).to(device)
     dtype = DTYPES[pick_precision(config.train.precision, device)]
     model.compute_in(dtype)
+    model.model.recompute_mlps(config.train.gradient_checkpointing)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     return TrainState(model, make_optimizers(model, config.train), scaler)
+
+
+def speed_up(state: TrainState, config: TrainConfig) -> None:
+    """Compile the blocks, which are all alike, so that it is done once; on NVIDIA's GPUs launch a step's passes at once.
+
+    Attention that keeps documents apart asks the GPU where they begin, so that it cannot be launched unseen.
+    """
+    model = state.model
+    for block in model.model.layers:
+        block.compile(dynamic=False)
+    if model.device.type != "cuda" or config.separate_documents:
+        return
+    pool = torch.cuda.graph_pool_handle()
+    state.passes = Captured(pool, list(model.parameters()))
+    if not state.scaler.is_enabled():  # which asks for each optimizer whether to skip it
+        state.update = Captured(pool)
+        for optimizer in state.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = torch.tensor(group["lr"], device=model.device)
 
 
 def _restore(state: TrainState, checkpoints: Checkpoints, meta: Meta) -> None:
@@ -260,15 +309,14 @@ class _Run:
         )
 
     def _compile(self) -> None:
-        """Compile the blocks, which are all alike, so that it is done once; not where it cannot pay."""
+        """Spend the time to be faster afterwards; not where it cannot pay."""
         c = self.config.train
         flops = c.max_steps * c.tokens_per_step * self.flops
         wanted = c.compile == "on" or (c.compile == "auto" and flops > COMPILE_PAYS.get(self.device.type, math.inf))
         if not wanted:
             return
         if can_compile(self.device.type):
-            for block in self.state.model.model.layers:
-                block.compile(dynamic=False)
+            speed_up(self.state, c)
         elif c.compile == "on":
             raise GemletError("compile is on, but torch.compile does not work here (it needs a C++ compiler); use off")
         else:

@@ -14,7 +14,7 @@ from benchmarks.plain import Plain
 from gemlet.loss import linear_cross_entropy
 from gemlet.testing import tiny_model
 
-DRY = argparse.Namespace(device="cpu", tiny=True, batch=32, data="tales", preset="stories-42m")
+DRY = argparse.Namespace(device="cpu", tiny=True, batch=32, data="tales", valid=None, preset="stories-42m")
 
 
 @pytest.mark.parametrize(

@@ -192,3 +192,14 @@ def test_other_patterns_of_layers():
         with torch.no_grad():
             outputs.append(tiny_model(0, num_hidden_layers=3, layer_types=types)(IDS))
     assert all((a - b).abs().max() > 1e-3 for a, b in ((outputs[0], outputs[1]), (outputs[0], outputs[2])))
+
+
+def test_mlps_computed_again_change_nothing():
+    ids = torch.arange(2, 42)[None]
+    gradients = []
+    for again in (False, True):
+        model = tiny_model()
+        model.model.recompute_mlps(again)
+        model(ids).logsumexp(-1).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

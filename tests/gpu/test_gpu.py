@@ -12,11 +12,11 @@ from gemlet.config import RunConfig
 from gemlet.data import TokenStream
 from gemlet.eager import generate_uncached
 from gemlet.generate import generate, generate_samples
-from gemlet.loss import IGNORE, linear_cross_entropy
+from gemlet.loss import IGNORE, _softmax, _to_gradient, linear_cross_entropy
 from gemlet.model import Gemma
 from gemlet.sampling import SamplingParams
 from gemlet.testing import tiny_config, tiny_model
-from gemlet.train import new_state, train_step
+from gemlet.train import new_state, speed_up, train_step
 
 HEAD_DIM = 256
 # B, N, K, T, S, window: full, a window that holds all, sliding, not whole blocks, behind a cache, one query
@@ -78,6 +78,38 @@ def test_the_loss_is_that_of_all_logits(device: torch.device, vocabulary: int, d
     bound = 2e-5 if dtype == torch.float32 else 2e-2
     assert abs(loss.item() / expected.item() - 1) < bound
     assert _relative(x.grad, h.grad) < bound and _relative(y.grad, w.grad) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_softmax_kernel_is_its_reference(device: torch.device, dtype: torch.dtype) -> None:
+    """In rows longer than what the kernel takes at a time, with columns beyond the vocabulary."""
+    torch.manual_seed(0)
+    vocabulary = 5001
+    logits = torch.randn(30, 5056, device=device, dtype=dtype) * 3
+    targets = torch.randint(0, vocabulary, (30,), device=device)
+    targets[::5] = IGNORE
+    found, expected = logits.clone(), logits.clone()
+    loss = _softmax(device.type)(found, targets, vocabulary, IGNORE)
+    assert loss.item() == pytest.approx(_to_gradient(expected, targets, vocabulary, IGNORE).item(), rel=1e-5)
+    scored = (targets != IGNORE)[:, None]
+    assert _relative(found * scored, expected * scored) < (1e-5 if dtype == torch.float32 else 4e-3)
+    assert not found[:, vocabulary:].any() or device.type == "cpu"
+
+
+def test_steps_launched_at_once_are_the_steps(device: torch.device) -> None:
+    """With micro-batches and a sliding window, over several steps, each with other tokens."""
+    if device.type == "cpu":
+        pytest.skip("CUDA graphs are for NVIDIA's GPUs")
+    run = _run()
+    run = run.replace(train=run.train.replace(micro_batch_size=2, precision="bf16", lr=1e-3))
+    stream = TokenStream([np.random.default_rng(0).integers(0, run.model.vocab_size, 4000).astype(np.uint16)], 0)
+    found = []
+    for fast in (False, True):
+        state = new_state(run, device)
+        if fast:
+            speed_up(state, run.train)
+        found.append([train_step(state, stream, run) for _ in range(7)])
+    assert torch.tensor(found[1]).flatten().tolist() == pytest.approx(torch.tensor(found[0]).flatten().tolist(), rel=2e-2)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
