@@ -236,7 +236,7 @@ GROUPED: Any = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).pa
 
 
 def windowed(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float) -> Tensor:
-    """FlashAttention's kernel (arXiv 2307.08691) for rows of any lengths, which knows windows: 16 bits, NVIDIA's GPUs."""
+    """FlashAttention's kernel (arXiv 2307.08691) for rows, which knows windows: NVIDIA's GPUs, 16 bits."""
     B, _, T, _ = q.shape
     S = k.shape[2]
     ends = torch.arange(B + 1, dtype=torch.int32, device=q.device)

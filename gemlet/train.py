@@ -213,7 +213,7 @@ def new_state(config: RunConfig, device: torch.device) -> TrainState:
 
 
 def speed_up(state: TrainState, config: TrainConfig) -> None:
-    """Compile the blocks, which are all alike, so that it is done once; on NVIDIA's GPUs launch a step's passes at once.
+    """Compile the blocks, which are all alike, so that it is done once; an NVIDIA GPU launches a step's passes at once.
 
     Attention that keeps documents apart asks the GPU where they begin, so that it cannot be launched unseen.
     """
