@@ -128,7 +128,9 @@ class Muon(torch.optim.Optimizer):
                         self.state[p]["momentum"] = torch.zeros_like(p)
                 momenta = [self.state[p]["momentum"] for p in params]
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                nesterov = torch.stack(grads).lerp_(torch.stack(momenta), group["momentum"])
+                nesterov = grads[0].new_empty(len(params), *shape)
+                for grad, momentum, out in zip(grads, momenta, nesterov, strict=True):
+                    torch.lerp(grad, momentum, group["momentum"], out=out)
                 rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 updates = orthogonalise(nesterov).to(nesterov.dtype).mul_(-rate)
                 if group["weight_decay"]:
