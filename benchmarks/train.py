@@ -10,6 +10,7 @@ On a machine that others use all the time `--own-time` helps: one thread, and wh
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -145,6 +146,15 @@ def turns(name: str, config: ModelConfig, precision: str, shape: tuple[int, int]
         turn.send(now() - began)
 
 
+def a_step(name: str, turn: Connection) -> float:
+    """The seconds of one contender's step."""
+    try:
+        turn.send(True)
+        return turn.recv()
+    except (BrokenPipeError, EOFError):
+        sys.exit(f"the process of {name} has ended, perhaps for want of memory: all contenders are in it; --only some")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="gemma3-270m-gpt2")
@@ -168,14 +178,13 @@ def main() -> None:
         contenders[name], theirs = context.Pipe()
         arguments = (name, config, precision, shape, options.own_time, theirs)
         context.Process(target=turns, args=arguments, daemon=True).start()
-        contenders[name].send(True)
-        contenders[name].recv()
+        theirs.close()  # so that it is closed when the process ends
+        a_step(name, contenders[name])
         print(f"{name}: first step after {time.perf_counter() - began:.0f} s", flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(1 + options.rounds):
         for name, turn in contenders.items():
-            turn.send(True)
-            seconds[name].append(turn.recv())
+            seconds[name].append(a_step(name, turn))
     for turn in contenders.values():
         turn.send(False)
     seconds = {name: values[1:] for name, values in seconds.items()}  # without the first: its memory is not there yet

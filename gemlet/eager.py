@@ -6,8 +6,9 @@
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from gemlet.folder import EMBEDDING, HEAD
 from gemlet.model import Gemma, rope, rotate
 from gemlet.quantise import matrix_format, pack
 from gemlet.sampling import HUGE, TINY, Draws, SamplingParams, checked, draws
+
+if TYPE_CHECKING:
+    from gemlet.kernels.step import Step
 
 
 def model_of(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> Gemma:
@@ -153,8 +157,9 @@ PREFILL_CHUNK = 512
 
 
 class BatchDecoder(TorchDecoder):
-    """The contract on a GPU, in plain torch: one row of every slot at once, on NVIDIA's as one captured CUDA graph.
+    """The contract on a GPU: one row of every slot at once, on NVIDIA's as one captured CUDA graph.
 
+    In the kernels of `gemlet.kernels.step` where they are for the model, else in plain torch, which is their reference.
     Shapes are those of all slots, whoever has a row; several rows of a slot are taken one by one. The rows of a batch
     agree with those alone up to rounding.
     """
@@ -164,6 +169,7 @@ class BatchDecoder(TorchDecoder):
     def __init__(self, model: Gemma, slots: int, max_length: int, cache_dtype: torch.dtype | None = None):
         super().__init__(model, slots, max_length, cache_dtype)
         self._inputs = torch.zeros(3, slots, dtype=torch.long, device=model.device)  # tokens, positions, has a row
+        self._kernels = self._step_in_kernels()
         self._logits = torch.empty(0)
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -184,12 +190,22 @@ class BatchDecoder(TorchDecoder):
 
     def _capture(self) -> None:
         """Compute, and on a GPU of NVIDIA keep what was launched. Computing again changes nothing."""
-        self._logits = self._forward()
+        compute = self._kernels or self._forward
+        self._logits = compute()
         if self.model.device.type == "cuda":
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
-                self._logits = self._forward()
+                self._logits = compute()
             self._graph.replay()
+
+    def _step_in_kernels(self) -> "Step | None":
+        if self.model.device.type == "cuda" and torch.cuda.get_device_capability(self.model.device) >= (8, 0):
+            with suppress(ImportError):  # Triton, which comes with torch wherever it is known to work
+                from gemlet.kernels.step import Step, fits
+
+                if fits(self.model, self.cache, self.slots):
+                    return Step(self.model, self.cache, self._inputs)
+        return None
 
     def _forward(self) -> Tensor:
         tokens, positions, active = self._inputs
