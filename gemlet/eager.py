@@ -129,17 +129,20 @@ class TorchDecoder(Decoder):
         for row, how in enumerate(params):
             alike.setdefault(replace(how, seed=None, max_new_tokens=0), []).append(row)
         tokens = [0] * len(params)
+        finite = logits.sum(-1).isfinite()  # one NaN or infinity shows in the sum
         for how, rows in alike.items():
-            some = logits if len(rows) == len(params) else logits[rows]
+            whole = len(rows) == len(params)
+            some = logits if whole else logits[rows]
             seen = None
             if how.repetition_penalty != 1:
                 seen = torch.zeros_like(some, dtype=torch.bool)
                 for i, row in enumerate(rows):
                     seen[i, list(texts[row])] = True
-            for row, token in zip(rows, sample(some, how, [draws[row] for row in rows], seen).tolist(), strict=True):
+            chosen = sample(some, how, [draws[row] for row in rows], seen)
+            chosen = chosen.where(finite if whole else finite[rows], -1).tolist()  # the device is waited for here alone
+            for row, token in zip(rows, chosen, strict=True):
                 tokens[row] = token
-        finite = logits.sum(-1).isfinite().tolist()  # one NaN or infinity shows in the sum
-        return [token if sound else -1 for token, sound in zip(tokens, finite, strict=True)]
+        return tokens
 
     @torch.inference_mode()
     def copy(self, source, target, length) -> None:
