@@ -242,7 +242,7 @@ def windowed(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: floa
     ends = torch.arange(B + 1, dtype=torch.int32, device=q.device)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * T, N, H]
     seen = -1 if window is None else window - 1, 0  # before the query, which is not counted here, and behind it
-    y = varlen_attn(q, k, v, ends * T, ends * S, T, S, scale=scale, window_size=seen, **GROUPED)
+    y: Any = varlen_attn(q, k, v, ends * T, ends * S, T, S, scale=scale, window_size=seen, **GROUPED)
     return y.unflatten(0, (B, T)).transpose(1, 2)
 
 

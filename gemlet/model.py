@@ -12,6 +12,8 @@ Shapes: B batch, T new positions, S cached and new positions, D hidden_size, N q
 H head_dim, F intermediate_size, V vocab_size.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -196,7 +198,8 @@ class Backbone(nn.Module):
 
     def recompute_mlps(self, on: bool) -> None:
         """Keep nothing of the MLPs for the backward pass: half of the memory for a quarter more of the products."""
-        for block in self.layers:
+        blocks: Any = self.layers
+        for block in blocks:
             block.recomputes_mlp = on
 
     def scaled(self, input_ids: Tensor) -> Tensor:

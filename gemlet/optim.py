@@ -1,5 +1,8 @@
 """Optimizers and the learning rate: who updates which parameter, by how much, at which step."""
 
+# torch writes its own optimizers with the functions on lists of tensors, but exports them with an underscore
+# pyright: reportPrivateImportUsage=false
+
 from typing import Any
 
 import torch

@@ -4,6 +4,9 @@ A row of logits is read from memory, read once more while it is still in the cac
 eight passes over the logits in float32.
 """
 
+# Triton comes with torch for a GPU alone, and its functions are no functions
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
 import torch
 import triton
 import triton.language as tl

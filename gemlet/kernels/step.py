@@ -17,6 +17,9 @@ Shapes as in `model`, and S slots; in capitals, too, what a kernel is compiled f
 that hold the S slots and the inputs of a product, ROWS the outputs that a program computes.
 """
 
+# Triton comes with torch for a GPU alone, and its functions are no functions
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
+
 from typing import Any
 
 import torch
