@@ -1,7 +1,7 @@
 """CUDA graphs for training: what a computation launches on an NVIDIA GPU, kept and launched again at once.
 
 A model this small has its GPU done before Python has launched the next kernel: 60 ms a step, 41 of them computing
-(benchmarks/RESULTS.md).
+(docs/internals/performance.md).
 """
 
 from collections.abc import Callable, Sequence

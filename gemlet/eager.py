@@ -139,7 +139,7 @@ class TorchDecoder(Decoder):
                 for i, row in enumerate(rows):
                     seen[i, list(texts[row])] = True
             chosen = sample(some, how, [draws[row] for row in rows], seen)
-            chosen = chosen.where(finite if whole else finite[rows], -1).tolist()  # the device is waited for here alone
+            chosen = chosen.where(finite if whole else finite[rows], -1).tolist()  # one wait for the device, not two
             for row, token in zip(rows, chosen, strict=True):
                 tokens[row] = token
         return tokens

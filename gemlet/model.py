@@ -197,7 +197,7 @@ class Backbone(nn.Module):
         return self.norm(x)
 
     def recompute_mlps(self, on: bool) -> None:
-        """Keep nothing of the MLPs for the backward pass: half of the memory for a quarter more of the products."""
+        """Keep nothing of the MLPs for the backward pass: half of the memory for a sixth more of the products."""
         blocks: Any = self.layers
         for block in blocks:
             block.recomputes_mlp = on

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gemlet.config import TrainConfig
-from gemlet.optim import Muon, export_state, import_state, lr_at, make_optimizers, orthogonalise, set_lr
+from gemlet.optim import Muon, clip, export_state, import_state, lr_at, make_optimizers, orthogonalise, set_lr
 from gemlet.testing import tiny_model
 
 
@@ -102,3 +102,16 @@ def test_exported_state_goes_on_as_if_never_interrupted(optimizer):
     steps(fresh, c, 3, 6)
     for (name, p), (_, q) in zip(straight.named_parameters(), fresh.named_parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+def test_clipping_is_that_of_torch_and_leaves_what_is_not_finite():
+    gradients = [torch.randn(3, 5), torch.randn(7)]
+    expected = [torch.nn.Parameter(g.clone()) for g in gradients]
+    for p, g in zip(expected, gradients, strict=True):
+        p.grad = g.clone()
+    norm = torch.nn.utils.clip_grad_norm_(expected, 0.5)
+    assert torch.equal(clip(gradients, 0.5), norm)
+    assert all(p.grad is not None and torch.equal(p.grad, g) for p, g in zip(expected, gradients, strict=True))
+    broken = [torch.tensor([2.0, torch.inf]), torch.tensor([3.0])]
+    assert clip(broken, 0.5) == torch.inf
+    assert broken[0].tolist() == [2, torch.inf] and broken[1].tolist() == [3], "so that one can tell where it began"
