@@ -22,7 +22,7 @@ from gemlet.capture import Captured
 from gemlet.checkpoint import Checkpoints, run_lock
 from gemlet.config import RunConfig, TrainConfig
 from gemlet.data import TokenStream, batch, document_starts
-from gemlet.device import DTYPES, can_compile, pick_device, pick_precision
+from gemlet.device import DTYPES, can_compile, flush_denormals, pick_device, pick_precision
 from gemlet.errors import GemletError, TrainingError
 from gemlet.evaluate import Evaluation, eager, evaluate_tokens
 from gemlet.files import write_text
@@ -79,6 +79,7 @@ class TrainState:
     """A batch made while the GPU computed, and whose it is."""
 
 
+@flush_denormals()
 def train(
     config: RunConfig | None = None,
     out: str | Path = "runs/model",
@@ -93,9 +94,6 @@ def train(
     KeyboardInterrupt and SystemExit(143).
     """
     reuse_memory()
-    # A trained model computes numbers below 1e-38, which cost a processor a fifth of a step; they become 0. Threads
-    # inherit this from the one that starts them, so it stands before the first product.
-    torch.set_flush_denormal(True)
     out = Path(out)
     config = _agree(config, out, resume)
     device = pick_device(config.train.device)

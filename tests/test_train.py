@@ -218,6 +218,19 @@ def test_a_run_leaves_what_it_promises(tokens, tmp_path):
     assert RunConfig.from_toml((out / "config.toml").read_text()).model.vocab_size == tokenizer.vocab_size
 
 
+def test_tiny_numbers_are_zero_in_a_run_and_themselves_behind_it(tokens, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(*args):
+        seen.append((torch.full((64,), 1e-39) * 0.5).count_nonzero().item())
+        return train_step(*args)
+
+    monkeypatch.setattr(sys.modules[train.__module__], "train_step", spy)
+    train(config(tokens, max_steps=3), tmp_path / "run", quiet=True)
+    assert seen == [0, 0, 0]
+    assert (torch.full((64,), 1e-39) * 0.5).count_nonzero() == 64
+
+
 def test_raw_text_is_prepared_into_the_run(tmp_path):
     (tmp_path / "stories.txt").write_text(
         "\n<|endoftext|>\n".join(f"The cat had {i} mice and a hat." for i in range(400))
