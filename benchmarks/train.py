@@ -2,8 +2,9 @@
 
 One step is forward, backward, clipping and AdamW on float32 weights, the same shape and the same tokens for all, in
 bfloat16 where the machine multiplies it (autocast for the peers, as they are used), else in float32. Everyone is built
-once and warmed up in a process of its own, whose memory is set up as its users have it; then they take turns, a step
-each, so that a slow minute of the machine falls on all of them.
+once and warmed up in a process of its own, whose memory is set up as its users have it; then they take turns, so that a
+slow minute of the machine falls on all of them. The first step of a turn is not timed: memory and caches are another's
+then, whose threads may still be waiting for work. Those that follow are, for half a second, and one in any case.
 On a machine that others use all the time `--own-time` helps: one thread, and what the processor did for it alone.
 """
 
@@ -33,6 +34,7 @@ from gemlet.optim import make_optimizers
 Step = Callable[[Tensor, Tensor], None]
 Clock = Callable[[], float]
 CPU = torch.device("cpu")
+TURN_SECONDS = 0.5
 
 
 def clock(own: bool) -> Clock:
@@ -133,7 +135,7 @@ CONTENDERS: dict[str, Callable[[ModelConfig, torch.dtype], Step]] = {
 
 
 def turns(name: str, config: ModelConfig, precision: str, shape: tuple[int, int], own: bool, turn: Connection) -> None:
-    """A process of one contender: whenever it is told True it makes a step, and answers with the seconds."""
+    """A process of one contender: whenever it is told True it takes its turn, and answers with the seconds of a step."""
     now = clock(own)
     torch.manual_seed(0)
     step = CONTENDERS[name](config, DTYPES[precision])
@@ -141,13 +143,16 @@ def turns(name: str, config: ModelConfig, precision: str, shape: tuple[int, int]
     ids[:, ::200] = 0  # where a document begins, for the contender that minds
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     while turn.recv():
-        began = now()
         step(x, y)
-        turn.send(now() - began)
+        began, steps, seconds = now(), 0, 0.0
+        while seconds < TURN_SECONDS:
+            step(x, y)
+            steps, seconds = steps + 1, now() - began
+        turn.send(seconds / steps)
 
 
-def a_step(name: str, turn: Connection) -> float:
-    """The seconds of one contender's step."""
+def take_turn(name: str, turn: Connection) -> float:
+    """The seconds of a step of one contender."""
     try:
         turn.send(True)
         return turn.recv()
@@ -179,15 +184,14 @@ def main() -> None:
         arguments = (name, config, precision, shape, options.own_time, theirs)
         context.Process(target=turns, args=arguments, daemon=True).start()
         theirs.close()  # so that it is closed when the process ends
-        a_step(name, contenders[name])
-        print(f"{name}: first step after {time.perf_counter() - began:.0f} s", flush=True)
+        take_turn(name, contenders[name])
+        print(f"{name}: first turn after {time.perf_counter() - began:.0f} s", flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(1 + options.rounds):
+    for _ in range(options.rounds):
         for name, turn in contenders.items():
-            seconds[name].append(a_step(name, turn))
+            seconds[name].append(take_turn(name, turn))
     for turn in contenders.values():
         turn.send(False)
-    seconds = {name: values[1:] for name, values in seconds.items()}  # without the first: its memory is not there yet
     rates = {name: [shape[0] * shape[1] / s for s in values] for name, values in seconds.items()}
     floor = peak / flops_per_token(config, options.length)
     if options.json:

@@ -98,7 +98,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, w, out=grad_hidden[at : at + len(h)]).mul_(scored)
                 _add_product(grad_weight, logits.T, h * scored, fresh=at == 0)
             at += len(h)
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight[: len(weight)])
+        if grad_weight is not None and len(w) > len(weight):  # a view is dear: autograd adds to it out of place
+            grad_weight = grad_weight[: len(weight)]
+        ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
 

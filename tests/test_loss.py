@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemlet.loss import IGNORE, cross_entropy, linear_cross_entropy
@@ -85,3 +86,13 @@ def test_never_more_logits_than_a_chunk(monkeypatch):
     with Watch():
         linear_cross_entropy(hidden, weight, targets).backward()
     assert 0 < largest <= 301 * 64
+
+
+def test_the_gradient_of_a_tied_embedding_is_added_in_place():
+    """A copy of the head's gradient would be made of a view of it."""
+    _, weight, targets = case()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
+        linear_cross_entropy(F.embedding(targets.clamp(min=0), weight), weight, targets).backward()
+    shape = list(weight.shape)
+    sums = {e.key for e in found.key_averages(group_by_input_shape=True) if e.input_shapes[:2] == [shape, shape]}
+    assert "aten::add_" in sums and "aten::add" not in sums
