@@ -135,7 +135,7 @@ CONTENDERS: dict[str, Callable[[ModelConfig, torch.dtype], Step]] = {
 
 
 def turns(name: str, config: ModelConfig, precision: str, shape: tuple[int, int], own: bool, turn: Connection) -> None:
-    """A process of one contender: whenever it is told True it takes its turn, and answers with the seconds of a step."""
+    """A process of one contender: when told True it takes its turn, and answers with the seconds of a step."""
     now = clock(own)
     torch.manual_seed(0)
     step = CONTENDERS[name](config, DTYPES[precision])

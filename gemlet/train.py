@@ -213,6 +213,13 @@ def new_state(config: RunConfig, device: torch.device) -> TrainState:
     return TrainState(model, make_optimizers(model, config.train), scaler)
 
 
+def wants_compiling(config: RunConfig, device_type: str) -> bool:
+    """Whether a run on this kind of device is to be compiled, if that works there."""
+    c = config.train
+    flops = c.max_steps * c.tokens_per_step * flops_per_token(config.model, c.sequence_length)
+    return c.compile == "on" or (c.compile == "auto" and flops > COMPILE_PAYS.get(device_type, math.inf))
+
+
 def speed_up(state: TrainState, config: TrainConfig) -> None:
     """Compile the blocks, which are all alike, so that it is done once; an NVIDIA GPU launches a step's passes at once.
 
@@ -312,9 +319,7 @@ class _Run:
     def _compile(self) -> None:
         """Spend the time to be faster afterwards; not where it cannot pay."""
         c = self.config.train
-        flops = c.max_steps * c.tokens_per_step * self.flops
-        wanted = c.compile == "on" or (c.compile == "auto" and flops > COMPILE_PAYS.get(self.device.type, math.inf))
-        if not wanted:
+        if not wants_compiling(self.config, self.device.type):
             return
         if can_compile(self.device.type):
             speed_up(self.state, c)

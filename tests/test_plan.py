@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from gemlet import footprint
+from gemlet import footprint, pace
 from gemlet import plan as planning
 from gemlet.cli import main
 from gemlet.config import FULL, SLIDING, RunConfig, preset
@@ -92,9 +92,9 @@ def test_a_step_is_its_parts() -> None:
 
 
 def test_twice_the_micro_batches_take_twice_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "_seconds", lambda run, device: 1.0)
-    one, _, _ = planning.step_time(_run(batch_size=4, micro_batch_size=4), CPU, False)
-    two, _, _ = planning.step_time(_run(batch_size=8, micro_batch_size=4), CPU, False)
+    monkeypatch.setattr(pace, "_seconds", lambda run, device: 1.0)
+    one, _, _ = pace.step_time(_run(batch_size=4, micro_batch_size=4), CPU, False)
+    two, _, _ = pace.step_time(_run(batch_size=8, micro_batch_size=4), CPU, False)
     assert (two.blocks, two.head, two.update) == (2 * one.blocks, 2 * one.head, one.update)
 
 
