@@ -95,11 +95,11 @@ def blocked(
         last = S - T + end
         first = 0 if window is None else max(0, S - T + start + 1 - window)
         queries, keys, values = q[:, :, start:end], k[:, :, first:last], v[:, :, first:last]
-        scores = queries.reshape(B, K, -1, H) @ keys.transpose(-1, -2)  # [B, K, N/K * block, keys]
-        scores = scores.view(B, N, end - start, -1).float() * scale
+        scores = (queries * scale).reshape(B, K, -1, H) @ keys.transpose(-1, -2)  # [B, K, N/K * block, keys]
+        scores = scores.view(B, N, end - start, -1)
         begins = None if starts is None else starts[:, start:end] - first
         scores = scores.masked_fill(~visible(end - start, last - first, window, q.device, begins), -torch.inf)
-        weights = scores.softmax(-1).to(v.dtype).view(B, K, -1, last - first)
+        weights = scores.softmax(-1).view(B, K, -1, last - first)  # in float32 inside, whatever the dtype
         out.append((weights @ values).view(B, N, end - start, H))
     return torch.cat(out, 2)
 

@@ -51,8 +51,10 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     flat, out = hidden.reshape(-1, hidden.shape[-1]), []
     w = _aligned(weight.to(hidden.dtype))
     for h, t in zip(_chunks(flat, w), _chunks(targets.reshape(-1), w), strict=True):
-        logits = (h @ w.T)[:, : len(weight)].float()
-        out.append(F.cross_entropy(logits, t, ignore_index=IGNORE, reduction="none"))
+        logits = (h @ w.T)[:, : len(weight)]
+        rows = _piece_rows(logits)
+        for part, of_part in zip(logits.split(rows), t.split(rows), strict=True):
+            out.append(F.cross_entropy(part.float(), of_part, ignore_index=IGNORE, reduction="none"))
     return torch.cat(out).view(targets.shape)
 
 
