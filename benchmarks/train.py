@@ -35,6 +35,7 @@ Step = Callable[[Tensor, Tensor], None]
 Clock = Callable[[], float]
 CPU = torch.device("cpu")
 TURN_SECONDS = 0.5
+"""A turn has as many steps as begin within this time."""
 
 
 def clock(own: bool) -> Clock:

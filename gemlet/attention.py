@@ -95,6 +95,7 @@ def blocked(
         last = S - T + end
         first = 0 if window is None else max(0, S - T + start + 1 - window)
         queries, keys, values = q[:, :, start:end], k[:, :, first:last], v[:, :, first:last]
+        # the queries are scaled, since there are fewer of them than scores
         scores = (queries * scale).reshape(B, K, -1, H) @ keys.transpose(-1, -2)  # [B, K, N/K * block, keys]
         scores = scores.view(B, N, end - start, -1)
         begins = None if starts is None else starts[:, start:end] - first

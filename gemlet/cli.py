@@ -22,8 +22,9 @@ import tyro
 from pydantic import BaseModel
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
-from gemlet.config import DataConfig, RunConfig, preset, validated
+from gemlet.config import DataConfig, RunConfig, preset
 from gemlet.errors import GemletError, did_you_mean
+from gemlet.records import validated
 from gemlet.verbs import VERBS, Plan, Quickstart, Train
 
 # What is wrong with the machine and not with gemlet: a full disk, a folder that must not be written.

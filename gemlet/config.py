@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gemlet.errors import GemletError, did_you_mean
+from gemlet.records import shown, validated
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -21,7 +22,6 @@ _PRESETS = Path(__file__).parent / "presets"
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Model = TypeVar("Model", bound=BaseModel)
 
 
 def _tuples(values: Any, *keys: str) -> Any:
@@ -187,7 +187,7 @@ class ModelConfig(_Strict):
         """Read a Hugging Face `config.json` of either generation; refuse by name what cannot be computed exactly."""
         if values.get("model_type") != "gemma3_text":
             raise GemletError(
-                f"{where}: model_type is {_shown(values.get('model_type'))}, but gemlet computes 'gemma3_text' only: "
+                f"{where}: model_type is {shown(values.get('model_type'))}, but gemlet computes 'gemma3_text' only: "
                 "Gemma 3 for text alone, such as google/gemma-3-270m or google/gemma-3-1b-it"
             )
         exact: dict[str, tuple[Any, ...]] = {
@@ -203,7 +203,7 @@ class ModelConfig(_Strict):
         for key, allowed in exact.items():
             if key in values and values[key] not in allowed:
                 raise GemletError(
-                    f"{where}: {key} is {_shown(values[key])}, but gemlet computes only "
+                    f"{where}: {key} is {shown(values[key])}, but gemlet computes only "
                     f"{' or '.join(map(repr, allowed))}; it does not load a model approximately"
                 )
         unset = ("layer_types", "rope_theta", "rope_local_base_freq")  # null here means that it is derived
@@ -259,7 +259,7 @@ def _pattern_from_hf(values: dict[str, Any], where: str) -> int:
     key = "_sliding_window_pattern" if pattern is None else "sliding_window_pattern"
     given = values.get(key, 6)
     if type(given) is not int or given < 1 or (pattern is None and given != 6):
-        raise GemletError(f"{where}: {key} is {_shown(given)}, which does not tell the layers; give layer_types")
+        raise GemletError(f"{where}: {key} is {shown(given)}, which does not tell the layers; give layer_types")
     return given
 
 
@@ -267,7 +267,7 @@ def _rope_from_hf(values: dict[str, Any], where: str) -> dict[str, float]:
     """The two RoPE bases, from `rope_parameters` (transformers 5) or the older keys; only plain RoPE is computed."""
     if values.get("rope_scaling") is not None:
         raise GemletError(
-            f"{where}: rope_scaling is {_shown(values['rope_scaling'])}, but gemlet computes plain RoPE only"
+            f"{where}: rope_scaling is {shown(values['rope_scaling'])}, but gemlet computes plain RoPE only"
         )
     nested = values.get("rope_parameters")
     found = {}
@@ -277,13 +277,13 @@ def _rope_from_hf(values: dict[str, Any], where: str) -> dict[str, float]:
             rope = nested.get(kind) if isinstance(nested, dict) else None
             if not isinstance(rope, dict) or {**rope, "rope_theta": 0} not in _PLAIN_ROPE or "rope_theta" not in rope:
                 raise GemletError(
-                    f"{where}: rope_parameters[{kind!r}] is {_shown(rope)}, but gemlet computes plain RoPE only: "
+                    f"{where}: rope_parameters[{kind!r}] is {shown(rope)}, but gemlet computes plain RoPE only: "
                     '{"rope_type": "default", "rope_theta": number}'
                 )
             bases.append(rope["rope_theta"])
         for base in bases:
             if type(base) not in (int, float) or not 0 < base < 1e30:
-                raise GemletError(f"{where}: {key} is {_shown(base)}, but must be a number above 0")
+                raise GemletError(f"{where}: {key} is {shown(base)}, but must be a number above 0")
             if base != bases[0]:
                 raise GemletError(f"{where}: {key} is {bases[0]} but rope_parameters says {base}; make them equal")
             found[key] = float(base)
@@ -463,47 +463,3 @@ def preset(name: str) -> RunConfig:
             "a path to a .toml file works too)"
         )
     return RunConfig.from_toml((_PRESETS / f"{name}.toml").read_text(encoding="utf-8"), f"preset {name}")
-
-
-def validated(kind: type[Model], values: dict[str, Any], where: str) -> Model:
-    """`kind(**values)`, every problem in one `GemletError` line."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first: dict[str, Any] = {}  # of the errors inside one value the first is enough
-        for problem in error.errors():
-            first.setdefault(_key(kind, problem["loc"]), problem)
-        sentences = [_sentence(kind, key, problem) for key, problem in first.items()]
-        raise GemletError(f"{where}: {'; '.join(sentences)}") from None
-
-
-def _key(kind: Any, place: tuple[int | str, ...]) -> str:
-    """The dotted name of the field that an error is in, without where in its value that is."""
-    path = []
-    for part in place:
-        path.append(str(part))
-        field = kind.model_fields.get(part)
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
-            break
-        kind = field.annotation
-    return ".".join(path)
-
-
-def _shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _sentence(kind: type[BaseModel], key: str, error: Any) -> str:
-    """One pydantic error in words: the key, what was given, what is allowed."""
-    if error["type"] == "extra_forbidden":
-        owner: Any = kind
-        *sections, name = key.split(".")
-        for section in sections:
-            owner = owner.model_fields[section].annotation
-        return f"unknown key {key!r}{did_you_mean(name, owner.model_fields)}"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{key + ': ' if key else ''}{message}"
-    return f"{key} is {_shown(error['input'])}: {message[0].lower()}{message[1:]}"

@@ -100,8 +100,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, w, out=grad_hidden[at : at + len(h)]).mul_(scored)
                 _add_product(grad_weight, logits.T, h * scored, fresh=at == 0)
             at += len(h)
-        if grad_weight is not None and len(w) > len(weight):  # a view is dear: autograd adds to it out of place
-            grad_weight = grad_weight[: len(weight)]
+        if grad_weight is not None:
+            grad_weight.resize_(weight.shape)  # to a view of these rows autograd would add out of place
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total

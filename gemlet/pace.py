@@ -50,10 +50,8 @@ def step_time(
     Beside it the seconds that compiling took, and what compiled blocks keep, see `step_memory`.
     """
     m, t = config.model, config.train
-    rate = (
-        peak_flops(device, t.precision) or 1e13
-    )  # says how much of a piece is measured, and does not enter the result
-    affordable = SAMPLE_SECONDS * rate / 3
+    rate = peak_flops(device, t.precision) or 1e13
+    affordable = SAMPLE_SECONDS * rate / 3  # FLOPs of a measured piece; they do not enter the result
     blocks = update = compiling = 0.0
     kept = {}
     for kind, count in kinds_of_layers(config).items():

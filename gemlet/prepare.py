@@ -25,9 +25,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from gemlet import sources
-from gemlet.config import DataConfig, validated
+from gemlet.config import DataConfig
 from gemlet.errors import GemletError
 from gemlet.files import remove, write_bytes, write_text
+from gemlet.records import validated
 from gemlet.tokenizer import Tokenizer
 
 SHARD_TOKENS = 2**25

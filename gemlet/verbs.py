@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from gemlet.config import DataConfig, RunConfig, validated
+from gemlet.config import DataConfig, RunConfig
 from gemlet.errors import GemletError, Mismatch, did_you_mean
+from gemlet.records import validated
 from gemlet.sampling import SamplingParams
 from gemlet.terminal import confirm, note, rate, read_line, tell, tell_samples, without_margin
 

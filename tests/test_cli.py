@@ -9,8 +9,9 @@ import pytest
 
 from gemlet import cli, verbs
 from gemlet.cli import main
-from gemlet.config import RunConfig, validated
+from gemlet.config import RunConfig
 from gemlet.errors import GemletError
+from gemlet.records import validated
 from gemlet.testing import tiny_corpus
 
 TINY = """
