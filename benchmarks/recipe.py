@@ -14,7 +14,6 @@ import json
 import math
 import statistics
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,15 @@ from gemlet.device import DTYPES, pick_precision
 from gemlet.evaluate import evaluate_tokens
 from gemlet.loss import linear_cross_entropy
 from gemlet.model import Gemma, init_weights
-from gemlet.optim import lr_at, make_optimizers, set_lr
+from gemlet.optim import Muon, lr_at, make_optimizers, set_lr
 from gemlet.prepare import prepare
 from gemlet.tokenizer import Tokenizer
 
 VOCABULARY = 2048
 T = 256
-ORTHOGONALISE = gemlet.optim.orthogonalise
+EVENED = Muon.evened
+JORDAN = ((3.4445, -4.7750, 2.0315),)
+"""The polynomial of Newton and Schulz as Muon began with it (Jordan et al. 2024)."""
 CURVE_DOCUMENTS = 40
 COLORS = ("#3b76c4", "#c8403f", "#e0a030", "#3f9a6b", "#8250b4", "#6b7280")
 
@@ -82,10 +83,10 @@ class Recipe:
     """Times the initial embedding."""
     ema: float = 0
     """Scored is an average of the weights over about this part of the steps."""
-    momentum_from: float | None = None
-    """Muon's momentum rises from here over the first 30 % of the steps."""
-    orthogonal_steps: int = 3
-    """Newton-Schulz iterations of Muon."""
+    polynomials: tuple[tuple[float, float, float], ...] = gemlet.optim.POLYNOMIALS
+    """Those by which Muon orthogonalises."""
+    evened: bool = True
+    """Muon evens out what it has orthogonalised."""
     aligned: bool = False
     """Every sequence begins with a document."""
 
@@ -105,6 +106,7 @@ OURS = Recipe(
         "optimizer": "muon",
         "lr": 0.008,
         "muon_lr": 0.04,
+        "momentum": 0.85,
         "schedule": "linear",
         "decay_fraction": 0.6,
         "weight_decay": 0.0,
@@ -152,8 +154,11 @@ RECIPES = {
     "average of the weights, 10 %, constant rate": OURS.but({"min_lr": 0.008}, ema=0.1),
     "weight decay 0.1": OURS.but({"weight_decay": 0.1}),
     "beta2 0.99": OURS.but({"beta2": 0.99}),
-    "momentum from 0.85": OURS.but(momentum_from=0.85),
-    "5 Newton-Schulz iterations": OURS.but(orthogonal_steps=5),
+    "Muon's momentum 0.7": OURS.but({"momentum": 0.7}),
+    "Muon's momentum 0.95": OURS.but({"momentum": 0.95}),
+    "Muon's first polynomial, three times": OURS.but(polynomials=3 * JORDAN),
+    "Muon's first polynomial, five times": OURS.but(polynomials=5 * JORDAN),
+    "Muon's updates as they are orthogonalised": OURS.but(evened=False),
     "no clipping": OURS.but({"grad_clip": 0.0}),
     "sequences begin with a document": OURS.but(aligned=True),
     "a token sees its document alone": OURS.but({"separate_documents": True}),
@@ -189,7 +194,8 @@ def run(name: str, seed: int, tokens: int, model_name: str, data: Path, compiled
         for block in model.model.layers:
             block.compile(dynamic=False)
     optimizers = make_optimizers(model, config)
-    gemlet.optim.orthogonalise = partial(ORTHOGONALISE, steps=recipe.orthogonal_steps)
+    gemlet.optim.POLYNOMIALS = recipe.polynomials
+    Muon.evened = EVENED if recipe.evened else lambda self, params, updates: updates.new_ones(1)
     if recipe.decays_all:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -208,10 +214,6 @@ def run(name: str, seed: int, tokens: int, model_name: str, data: Path, compiled
         if config.grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         set_lr(optimizers, rising(step, config) if recipe.rises else lr_at(step, config))
-        if recipe.momentum_from is not None:
-            done = min(1.0, step / (0.3 * config.max_steps))
-            for group in optimizers[0].param_groups:
-                group["momentum"] = recipe.momentum_from + (config.momentum - recipe.momentum_from) * done
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

@@ -105,11 +105,17 @@ def import_state(optimizers: list[torch.optim.Optimizer], model: nn.Module, tens
                 optimizer.state[p] = {key: value.to(p.device) for key, value in by_name[name].items()}
 
 
+SQUARES = 0.95
+"""How much of a mean square in Muon stays from one step to the next: about the last 20 steps count."""
+
+
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts/muon): for matrices only.
+    """Momentum, orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts/muon), evened out: for matrices only.
 
     The update of a matrix is the nearest (semi-)orthogonal matrix to its Nesterov momentum, times
-    sqrt(max(1, rows / columns)). Matrices of one shape are stacked and orthogonalised together.
+    sqrt(max(1, rows / columns)). Its longer side has vectors of very different lengths: each is divided by the root
+    mean square of its own of late, and the whole keeps its norm (NorMuon, arXiv 2510.05491, which takes the rows).
+    Matrices of one shape are stacked and orthogonalised together.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, weight_decay: float):
@@ -134,27 +140,50 @@ class Muon(torch.optim.Optimizer):
                 nesterov = grads[0].new_empty(len(params), *shape)
                 for grad, momentum, out in zip(grads, momenta, nesterov, strict=True):
                     torch.lerp(grad, momentum, group["momentum"], out=out)
+                updates = orthogonalise(nesterov).to(nesterov.dtype)
                 rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-                updates = orthogonalise(nesterov).to(nesterov.dtype).mul_(-rate)
+                updates.mul_(self.evened(params, updates) * -rate)
                 if group["weight_decay"]:
                     torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, list(updates))
 
+    def evened(self, params: list[Any], updates: Tensor) -> Tensor:
+        """What evens out updates [n, rows, columns] as a factor: [n, rows, 1], or [n, 1, columns] where these are more.
 
-def orthogonalise(x: Tensor, steps: int = 3) -> Tensor:
+        It keeps in `params`' state what it needs the next time.
+        """
+        along = -1 if updates.shape[-2] >= updates.shape[-1] else -2
+        now = updates.square().mean(along, keepdim=True)
+        for p, new in zip(params, now, strict=True):
+            if "squares" not in self.state[p]:
+                self.state[p]["squares"] = new.clone()
+        squares = [self.state[p]["squares"] for p in params]
+        torch._foreach_lerp_(squares, list(now), 1 - SQUARES)
+        usual = torch.stack(squares) + 1e-16
+        total, divided = (x.sum((-2, -1), keepdim=True) for x in (now, now / usual))
+        return (total / (usual * divided + 1e-30)).sqrt_()
+
+
+def orthogonalise(x: Tensor) -> Tensor:
     """[n, rows, columns] -> about U V^T of each matrix U S V^T, in bfloat16 where the device multiplies it fast.
 
-    A quintic Newton-Schulz iteration whose coefficients bring singular values from (0, 1] into about [0.7, 1.2], which
-    is near enough to 1 (Jordan et al. 2024): in five steps all from 0.002 on, in three those from 0.02 on, and these
-    learn as much from a token (docs/decisions.md).
+    Singular values from 0.01 on, of a matrix of norm 1, come to between 0.71 and 1.29, smaller ones to less.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # the products are of the shorter side
     dtype = torch.bfloat16 if pick_precision("auto", x.device) == "bf16" else torch.float32
     x = x.to(dtype)
     x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for a, b, c in POLYNOMIALS:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+POLYNOMIALS = (8.0172, -22.941, 16.6113), (3.6184, -2.6588, 0.5137), (2.6799, -1.9656, 0.4401)
+"""a x + b x^3 + c x^5, one after another, bring singular values near 1.
+
+Each is the nearest to 1 of its kind (minimax) on the interval to which those before bring [0.01, 1], with a hundredth
+on either side for rounding: Polar Express (arXiv 2505.16932). The polynomial that Muon began with, three times, brings
+0.01 to 0.4 (docs/decisions.md).
+"""

@@ -5,7 +5,17 @@ import pytest
 import torch
 
 from gemlet.config import TrainConfig
-from gemlet.optim import Muon, clip, export_state, import_state, lr_at, make_optimizers, orthogonalise, set_lr
+from gemlet.optim import (
+    POLYNOMIALS,
+    Muon,
+    clip,
+    export_state,
+    import_state,
+    lr_at,
+    make_optimizers,
+    orthogonalise,
+    set_lr,
+)
 from gemlet.testing import tiny_model
 
 
@@ -54,30 +64,75 @@ def test_decay_groups_and_rates_by_kind_of_parameter():
 def test_orthogonalised_matrices_keep_their_directions_with_singular_values_near_one(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
-    x = u * torch.linspace(0.2, 1, u.shape[-1]) @ vh  # three steps bring up no singular value below a fiftieth
+    x = u * torch.linspace(0.05, 1, u.shape[-1]) @ vh
     y = orthogonalise(x).float()
     assert y.shape == x.shape
     values = torch.linalg.svdvals(y)
-    assert values.min() > 0.3 and values.max() < 1.35
+    assert values.min() > 0.65 and values.max() < 1.35
     # in the basis of x's singular vectors, y is diagonal
     inside = u.mT @ y @ vh.mT
     assert (inside - torch.diag_embed(inside.diagonal(dim1=-2, dim2=-1))).abs().max() < 0.1
 
 
-def test_muon_is_torchs_muon():
+def test_the_polynomials_bring_singular_values_near_one():
+    def brought(x: torch.Tensor) -> torch.Tensor:
+        for a, b, c in POLYNOMIALS:
+            x = a * x + b * x**3 + c * x**5
+        return x
+
+    near = brought(torch.linspace(0.01, 1.01, 100_001, dtype=torch.float64))
+    assert near.min() > 0.71 and near.max() < 1.29
+    smaller = brought(torch.linspace(0, 0.01, 1001, dtype=torch.float64))
+    assert (smaller.diff() > 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1, 1e12])
+def test_a_matrix_of_one_direction_keeps_it(scale):
+    """All of its norm is one singular value, the largest there can be, where the polynomials are steep."""
+    x = scale * torch.tensor([1.0, -1]).repeat(24)[:, None] * torch.linspace(1, 1.5, 16)
+    for matrix in (x, x.T, torch.full((24, 16), scale)):
+        values = torch.linalg.svdvals(orthogonalise(matrix[None]).float()[0])
+        assert 0.65 < values[0] < 1.35 and values[1] < 0.1
+
+
+def test_muon_is_torchs_muon_with_the_longer_side_evened_out(monkeypatch):
+    monkeypatch.setattr("gemlet.optim.POLYNOMIALS", 3 * ((3.4445, -4.7750, 2.0315),))  # torch's
     torch.manual_seed(0)
-    ours = [torch.nn.Parameter(torch.randn(s)) for s in ((24, 12), (24, 12), (12, 24))]
-    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    mine = Muon(ours, lr=0.02, momentum=0.9, weight_decay=0.1)
-    torchs = torch.optim.Muon(theirs, lr=0.02, momentum=0.9, weight_decay=0.1, ns_steps=3)
-    for _ in range(4):
+    rate, decay = 0.02, 0.1
+    ours = [torch.nn.Parameter(torch.randn(s)) for s in ((24, 12), (24, 12), (12, 24), (12, 12))]
+    expected = [p.detach().clone() for p in ours]
+    theirs = [torch.nn.Parameter(torch.zeros_like(p)) for p in ours]
+    mine = Muon(ours, lr=rate, momentum=0.9, weight_decay=decay)
+    torchs = torch.optim.Muon(theirs, lr=rate, momentum=0.9, weight_decay=0, ns_steps=3)
+    squares: list[torch.Tensor] = []
+    for step in range(4):
         for a, b in zip(ours, theirs, strict=True):
-            a.grad = torch.randn_like(a)
+            a.grad = torch.randn_like(a) * torch.linspace(0.1, 2, len(a))[:, None]
             b.grad = a.grad.clone()
+            b.data.zero_()
         mine.step()
         torchs.step()
-    for a, b in zip(ours, theirs, strict=True):
-        assert (a - b).abs().max() < 2e-3  # bfloat16 inside, stacked here and alone there; an update moves by 0.08
+        for i, (p, b) in enumerate(zip(expected, theirs, strict=True)):
+            update = b.detach()
+            now = update.square().mean(1 if len(p) >= p.shape[1] else 0, keepdim=True)
+            if step == 0:
+                squares.append(now)
+            squares[i] = 0.95 * squares[i] + 0.05 * now
+            even = update / squares[i].sqrt()
+            p.mul_(1 - rate * decay).add_(even * update.norm() / even.norm())
+    for p, q in zip(ours, expected, strict=True):
+        assert (p - q).abs().max() < 2e-3  # bfloat16 inside, stacked here and alone there; an update moves by 0.08
+
+
+def test_muon_moves_what_has_no_gradient_by_nothing():
+    p = torch.nn.Parameter(torch.ones(8, 4))
+    muon = Muon([p], lr=0.1, momentum=0.9, weight_decay=0)
+    p.grad = torch.zeros_like(p)
+    muon.step()
+    assert p.equal(torch.ones(8, 4))
+    p.grad[0] = torch.tensor([1.0, -2, 3, -4])
+    muon.step()
+    assert p[1:].equal(torch.ones(7, 4)) and (p[0] != 1).all()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
