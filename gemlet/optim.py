@@ -113,9 +113,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts/muon), evened out: for matrices only.
 
     The update of a matrix is the nearest (semi-)orthogonal matrix to its Nesterov momentum, times
-    sqrt(max(1, rows / columns)). Its longer side has vectors of very different lengths: each is divided by the root
-    mean square of its own of late, and the whole keeps its norm (NorMuon, arXiv 2510.05491, which takes the rows).
-    Matrices of one shape are stacked and orthogonalised together.
+    sqrt(max(1, rows / columns)). The vectors of its longer side differ in length: each is divided by the root of its
+    mean square over the last steps, and the matrix keeps its norm (NorMuon, arXiv 2510.05491, where it is always the
+    rows). Matrices of one shape are stacked and orthogonalised together.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, weight_decay: float):
@@ -148,9 +148,9 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(params, list(updates))
 
     def evened(self, params: list[Any], updates: Tensor) -> Tensor:
-        """What evens out updates [n, rows, columns] as a factor: [n, rows, 1], or [n, 1, columns] where these are more.
+        """The factor that evens out updates [n, rows, columns]: [n, rows, 1], or [n, 1, columns] where these are more.
 
-        It keeps in `params`' state what it needs the next time.
+        What it needs the next time is kept in the state of `params`.
         """
         along = -1 if updates.shape[-2] >= updates.shape[-1] else -2
         now = updates.square().mean(along, keepdim=True)
