@@ -5,30 +5,25 @@ so that `--help` and a mistake cost no waiting.
 
 import contextlib
 import dataclasses
-import io
 import itertools
 import json
 import math
-import os
-import platform
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from gemlet.config import DataConfig, RunConfig
-from gemlet.errors import GemletError, Mismatch, did_you_mean
+from gemlet.errors import GemletError, Mismatch
 from gemlet.records import validated
 from gemlet.sampling import SamplingParams
-from gemlet.terminal import confirm, note, rate, read_line, tell, tell_samples, without_margin
+from gemlet.terminal import confirm, rate, tell, tell_samples
 
 if TYPE_CHECKING:
-    from gemlet.chat import Chat as Conversation
     from gemlet.lm import LM
 
 Unnamed = tyro.conf.arg(name="")  # a nested configuration whose fields are flags without a prefix for itself
@@ -298,15 +293,6 @@ class Generate(Writing):
             print(rate(tokens, time.perf_counter() - start), file=sys.stderr)
 
 
-COMMANDS = {
-    "/new": "begin anew",
-    "/undo": "take back the last exchange",
-    "/help": "list these",
-    "/quit": "leave, as Ctrl-D does",
-}
-"""What can be said in a chat that is not for the model."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chat(Writing):
     """Talk with a model, or write a story with one: a line is yours, a reply the model's, and so on.
@@ -322,59 +308,12 @@ class Chat(Writing):
     """Reply i draws from seed + i, counted from 0 since the beginning or /new; unset: other draws every time."""
 
     def __call__(self) -> None:
-        """Go round until there is no more input."""
+        """Talk until there is no more input."""
         lm = self.loaded()
         from gemlet.chat import Chat as Conversation
+        from gemlet.talk import talk
 
-        chat, prompt = Conversation(lm, **self.sampling), ""
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="replace")
-        if sys.stdin.isatty():
-            with contextlib.suppress(ImportError):
-                import readline  # noqa: F401 (a line can then be edited, and earlier ones come back with the arrows)
-            prompt = "> " if sys.stdout.isatty() else ""
-            note(
-                "The model answers in turns: a line is yours, then comes its answer."
-                if chat.turns
-                else "The model goes on with your text: a line is added to it, an empty one lets the model write."
-            )
-            note("Ctrl-C stops it; /undo takes back the last exchange, /new begins anew, Ctrl-D leaves.")
-        while (line := read_line(prompt)) is not None and line != "/quit":
-            if line.startswith("/"):
-                self._obey(line, chat)
-            else:
-                self._hear(line, chat)
-
-    def _obey(self, line: str, chat: "Conversation") -> None:
-        """Do what a line with a slash says."""
-        if line == "/new":
-            chat.new()
-            note("begun anew")
-        elif line == "/undo":
-            note("taken back" if chat.undo() else "there is nothing to take back")
-        elif line == "/help":
-            note("\n".join(f"{name:<7}{told}" for name, told in COMMANDS.items()))
-        else:
-            word = line.split()[0]
-            note(f"unknown command {word!r}{did_you_mean(word, COMMANDS)} (there are {', '.join(COMMANDS)})")
-
-    def _hear(self, line: str, chat: "Conversation") -> None:
-        """Stream the reply to a line."""
-        try:
-            reply = chat.say(line)
-        except GemletError as error:  # no room for it, say: nothing has changed
-            return note(str(error))
-        before, start = len(chat.ids), time.perf_counter()
-        with contextlib.suppress(KeyboardInterrupt):
-            tell("", without_margin(reply))
-        chat.stop()
-        said = rate(len(chat.ids) - before, time.perf_counter() - start)
-        if chat.full:
-            note(f"{said}; the context of {len(chat.ids)} tokens is full: /new begins anew, /undo takes a step back")
-        elif not chat.ended:
-            note(f"{said}; an empty line goes on")
-        else:
-            note(said if chat.turns else f"{said}; the end: your next line begins another text")
+        talk(Conversation(lm, **self.sampling))
 
 
 Packed = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]  # types of the weights in a GGUF file
@@ -553,25 +492,10 @@ class Doctor:
 
     def __call__(self) -> None:
         """Print the findings, one per line."""
-        import torch
+        from gemlet.doctor import findings
 
-        packages = ("gemlet", "torch", "numpy", "tokenizers", "tiktoken", "safetensors", "huggingface_hub", "pyarrow")
-        for package in packages:
-            print(f"{package:<16}{metadata.version(package)}")
-        print(f"{'python':<16}{platform.python_version()} on {platform.platform()}")
-        print(f"{'threads':<16}{torch.get_num_threads()} of {os.cpu_count()} cores")
-        for i in range(torch.cuda.device_count()):
-            card = torch.cuda.get_device_properties(i)
-            print(f"{f'cuda:{i}':<16}{card.name}, {card.total_memory / 2**30:.0f} GiB")
-        if torch.backends.mps.is_available():
-            print(f"{'mps':<16}available")
-        if not torch.cuda.is_available() and not torch.backends.mps.is_available():
-            print(f"{'device':<16}cpu only")
-        compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))), None)
-        print(f"{'compiler':<16}{compiler or 'none, so that torch.compile stays off on the cpu'}")
-        print(f"{'free disk':<16}{shutil.disk_usage('.').free / 2**30:.0f} GiB here")
-        if self.hub:
-            print(f"{'hub':<16}{_reach_hub()}")
+        for name, found in findings(hub=self.hub):
+            print(f"{name:<16}{found}")
 
 
 # How the stories of the quick start begin: each leads into a plot of its own.
@@ -611,15 +535,3 @@ def _program() -> str:
     if shutil.which("gemlet"):
         return "gemlet"
     return str(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script)
-
-
-def _reach_hub() -> str:
-    from urllib import request
-
-    from huggingface_hub import constants
-
-    try:
-        with request.urlopen(constants.ENDPOINT, timeout=10) as answer:
-            return f"{constants.ENDPOINT} answers ({answer.status})"
-    except OSError as error:
-        return f"{constants.ENDPOINT} cannot be reached: {error}"
