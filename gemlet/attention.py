@@ -134,7 +134,7 @@ def _recomputed(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float, bl
     out = _like_heads(q)
     for rows, keys, weights in _blocks(q, k, first, scale, block):
         values = v[:, :, keys].flatten(0, 1)
-        out[:, :, rows] = (weights @ values).view(out[:, :, rows].shape)
+        out[:, :, rows] = _product(weights, values).view(out[:, :, rows].shape)
     return out
 
 
@@ -149,11 +149,12 @@ def _recomputed_backward(
     grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float32, device=x.device).flatten(0, 1) for x in (k, v))
     for rows, keys, weights in _blocks(q, k, first, scale, block):
         upstream, queries = (x[:, :, rows].reshape(B * K, -1, H) for x in (grad, q))
-        grad_v[:, keys] += weights.mT @ upstream
-        grad_weights = upstream @ v[:, :, keys].flatten(0, 1).mT
+        grad_v[:, keys] += _product(weights.mT, upstream)
+        grad_weights = _product(upstream, v[:, :, keys].flatten(0, 1).mT)
         grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-        grad_q[:, :, rows] = (grad_scores @ k[:, :, keys].flatten(0, 1)).mul_(scale).view(grad_q[:, :, rows].shape)
-        grad_k[:, keys] += grad_scores.mT @ queries
+        grad_queries = _product(grad_scores, k[:, :, keys].flatten(0, 1), scale)
+        grad_q[:, :, rows] = grad_queries.view(grad_q[:, :, rows].shape)
+        grad_k[:, keys] += _product(grad_scores.mT, queries)
     return grad_q, grad_k.mul_(scale).view(k.shape).to(k.dtype), grad_v.view(v.shape).to(v.dtype)
 
 
@@ -166,8 +167,7 @@ def _blocks(q: Tensor, k: Tensor, first: Tensor, scale: float, block: int) -> It
         end = min(start + block, T)
         low, high, last = lows[start], highs[end - 1], S - T + end
         queries, keys = q[:, :, start:end].reshape(B * K, -1, H), k[:, :, low:last].flatten(0, 1)
-        scores = q.new_empty(B * K, queries.shape[1], last - low)
-        torch.baddbmm(scores, queries, keys.mT, beta=0, alpha=scale, out=scores)
+        scores = _product(queries, keys.mT, scale)
         each = scores.view(B, N, end - start, -1)
         # only the edges need a mask: the newest keys, and those before the last query's first one
         each[..., start - end :].masked_fill_(~visible(end - start, end - start, None, q.device), -torch.inf)
@@ -176,6 +176,16 @@ def _blocks(q: Tensor, k: Tensor, first: Tensor, scale: float, block: int) -> It
             each[..., : high - low].masked_fill_((j < first[:, start:end, None])[:, None], -torch.inf)
         torch.softmax(scores, -1, out=scores)  # in float32 inside, whatever the dtype
         yield slice(start, end), slice(low, last), scores
+
+
+def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """scale * a @ b, [n, i, j] and [n, j, k] to [n, i, k]; a single one without a copy of what is transposed."""
+    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    if len(a) == 1:
+        torch.addmm(out[0], a[0], b[0], beta=0, alpha=scale, out=out[0])
+    else:
+        torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
+    return out
 
 
 def _like_heads(q: Tensor) -> Tensor:
