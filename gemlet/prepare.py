@@ -28,6 +28,7 @@ from gemlet import sources
 from gemlet.config import DataConfig
 from gemlet.errors import GemletError
 from gemlet.files import remove, write_bytes, write_text
+from gemlet.holdout import Divide, choose, divider
 from gemlet.records import validated
 from gemlet.tokenizer import Tokenizer
 
@@ -120,7 +121,7 @@ def prepare(data: DataConfig, out: str | Path, *, vocab_size: int, progress: Pro
         tokenizer = Tokenizer.load(out)
     else:
         own = data.validation is not None or sources.has_validation(data.source)
-        unfinished = _Unfinished(wanted, hold_out=None if own else _hold_out(_documents(data, "train")))
+        unfinished = _Unfinished(wanted, hold_out=None if own else choose(_documents(data, "train")))
         tokenizer = given or _tokenizer(data, vocab_size, unfinished.hold_out)
         for file in out.iterdir() if out.is_dir() else ():
             remove(file)
@@ -201,7 +202,7 @@ class _Unfinished:
 
     wanted: dict[str, Any]
     hold_out: str | None
-    """How validation is chosen from the documents: "hundredth", "tail" or the sha256 of one; None: it has its own."""
+    """How validation is chosen from the documents (`gemlet.holdout`); None: it has documents of its own."""
     stage: int = 0
     """Which of the streams of documents is read."""
     documents: int = 0
@@ -253,7 +254,8 @@ def _tokenize(data: DataConfig, out: Path, done: _Unfinished, tokenizer: Tokeniz
 
     while done.stage < len(streams):
         stream = streams[done.stage]
-        divide = _divider(done.hold_out, stream, _digests(data) if stream == "train" and not done.hold_out else set())
+        other = _documents(data, "validation") if stream == "train" and not done.hold_out else ()
+        divide = divider(done.hold_out, stream, other)
         for encoded in _encode(islice(_documents(data, stream), done.documents, None), divide, tokenizer):
             done.documents += encoded.documents
             for name, (documents, utf8, array) in encoded.parts.items():
@@ -275,9 +277,7 @@ def _tokenize(data: DataConfig, out: Path, done: _Unfinished, tokenizer: Tokeniz
         )
 
 
-def _encode(
-    documents: Iterator[str], divide: Callable[[str], list[tuple[str, str]]], tokenizer: Tokenizer
-) -> Iterator[_Encoded]:
+def _encode(documents: Iterator[str], divide: Divide, tokenizer: Tokenizer) -> Iterator[_Encoded]:
     """Encode documents in batches, in their order. Threads: the encoders let go of Python's lock while they work."""
     dtype = _dtype(tokenizer)
 
@@ -330,59 +330,6 @@ def _documents(data: DataConfig, stream: str) -> Iterator[str]:
     )
 
 
-def _hold_out(documents: Iterator[str]) -> str:
-    """How to choose validation documents, so that there are some and some are left: see `_Unfinished.hold_out`."""
-    held = kept = False
-    smallest, several = b"", False
-    text = ""
-    for text in documents:
-        digest = _digest(text)
-        several = several or bool(smallest and digest != smallest)
-        smallest = min(smallest or digest, digest)
-        held, kept = held or _is_hundredth(digest), kept or not _is_hundredth(digest)
-        if held and kept:
-            return "hundredth"
-    if not several and len(_head_and_tail(text)) < 2:
-        raise GemletError(f"the only document is {text[:20]!r}: too short to hold out a part; give --data.validation")
-    return smallest.hex() if several else "tail"
-
-
-def _head_and_tail(text: str) -> list[tuple[str, str]]:
-    """A text cut at the first white space after nineteen twentieths of it, or right there: [(split, part)]."""
-    near = len(text) * 19 // 20
-    space = re.compile(r"\s").search(text, near)
-    cut = space.start() if space else near
-    return [(n, part) for n, part in (("train", text[:cut].strip()), ("validation", text[cut:].strip())) if part]
-
-
-def _divider(hold_out: str | None, stream: str, digests: set[bytes]) -> Callable[[str], list[tuple[str, str]]]:
-    """The function that says which text goes where: a list of (split, text)."""
-
-    def divide(text: str) -> list[tuple[str, str]]:
-        if hold_out is None:
-            return [(stream, text)] if stream == "validation" or _digest(text) not in digests else []
-        if hold_out == "tail":
-            return _head_and_tail(text)
-        digest = _digest(text)
-        held = _is_hundredth(digest) if hold_out == "hundredth" else digest.hex() == hold_out
-        return [("validation" if held else "train", text)]
-
-    return divide
-
-
-def _digests(data: DataConfig) -> set[bytes]:
-    """Of the validation documents, to find them among those to train on."""
-    return {_digest(text) for text in _documents(data, "validation")}
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-
-
-def _is_hundredth(digest: bytes) -> bool:
-    return int.from_bytes(digest[:8], "big") % 100 == 0
-
-
 def _utf8_length(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
@@ -395,7 +342,7 @@ def _tokenizer(data: DataConfig, vocab_size: int, hold_out: str | None) -> Token
     """GPT-2's, or a BPE that is trained on the documents that are not held out."""
     if data.tokenizer == "gpt2":
         return Tokenizer.load("gpt2")
-    divide = _divider(hold_out, "train", set())
+    divide = divider(hold_out, "train")
 
     def sample() -> Iterator[str]:
         left = BPE_SAMPLE
