@@ -429,6 +429,7 @@ class Terminal:
             modes[3] |= termios.NOFLSH  # else Ctrl-C drops what is on its way, perhaps the answer to it
             termios.tcsetattr(0, termios.TCSANOW, modes)
             os.environ |= {"TERM": "dumb", "COLUMNS": "80"}
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background of a script ignore it
             os.execv(sys.executable, [sys.executable, "-m", "gemlet", "chat", *flags])
         self.seen = ""
 
