@@ -254,8 +254,8 @@ def _tokenize(data: DataConfig, out: Path, done: _Unfinished, tokenizer: Tokeniz
 
     while done.stage < len(streams):
         stream = streams[done.stage]
-        other = _documents(data, "validation") if stream == "train" and not done.hold_out else ()
-        divide = divider(done.hold_out, stream, other)
+        known = _documents(data, "validation") if stream == "train" and not done.hold_out else ()
+        divide = divider(done.hold_out, stream, known)
         for encoded in _encode(islice(_documents(data, stream), done.documents, None), divide, tokenizer):
             done.documents += encoded.documents
             for name, (documents, utf8, array) in encoded.parts.items():
