@@ -179,7 +179,7 @@ def _blocks(q: Tensor, k: Tensor, first: Tensor, scale: float, block: int) -> It
 
 
 def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """scale * a @ b, [n, i, j] and [n, j, k] to [n, i, k]. In stacks a CPU copies what is transposed: one goes alone."""
+    """scale * a @ b, [n, i, j] and [n, j, k] to [n, i, k]. In a stack a CPU copies transposed ones: one goes alone."""
     out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
     if len(a) == 1:
         torch.addmm(out[0], a[0], b[0], beta=0, alpha=scale, out=out[0])
