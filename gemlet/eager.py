@@ -8,6 +8,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -127,7 +128,7 @@ class TorchDecoder(Decoder):
         """See `Decoder.sample`. Rows that draw alike are drawn in one batch."""
         alike: dict[SamplingParams, list[int]] = {}
         for row, how in enumerate(params):
-            alike.setdefault(replace(how, seed=None, max_new_tokens=0), []).append(row)
+            alike.setdefault(_drawing(how), []).append(row)
         tokens = [0] * len(params)
         finite = logits.sum(-1).isfinite()  # one NaN or infinity shows in the sum
         for how, rows in alike.items():
@@ -153,6 +154,12 @@ class TorchDecoder(Decoder):
         """The hidden state [1, D] behind the last of these tokens of one slot."""
         batch = torch.as_tensor(ids, device=self.model.device)[None]
         return self.model.model(batch, self.cache.row(slot, position))[:, -1]
+
+
+@lru_cache(maxsize=1024)
+def _drawing(params: SamplingParams) -> SamplingParams:
+    """What rows that draw alike have in common: kept, since a step of a GPU is soon over and asks for every row."""
+    return replace(params, seed=None, max_new_tokens=0)
 
 
 PREFILL_CHUNK = 512
@@ -181,13 +188,17 @@ class BatchDecoder(TorchDecoder):
         """See `Decoder.step`."""
         if len(set(slots)) < len(slots):
             return super().step(tokens, slots, positions, wanted)
-        inputs = torch.zeros(3, self.slots, dtype=torch.long)
-        inputs[:, list(slots)] = torch.tensor([list(tokens), list(positions), [1] * len(slots)])
+        inputs = torch.tensor([list(tokens), list(positions), [1] * len(slots)])
+        all_in_order = list(slots) == list(range(self.slots))
+        if not all_in_order:
+            inputs = torch.zeros(3, self.slots, dtype=torch.long).index_copy_(1, torch.tensor(slots), inputs)
         self._inputs.copy_(inputs)
         if self._graph is None:
             self._capture()
         else:
             self._graph.replay()
+        if all_in_order and wanted is None:
+            return self._logits.clone()  # the next step writes there
         rows = slots if wanted is None else [slots[i] for i in wanted]
         return self._logits[list(rows)]
 
