@@ -13,7 +13,7 @@ that fails leaves its error there, and the others go on. Nothing is fetched from
 - vocabulary: the same with 262,144 tokens, beside a plain cross-entropy over all logits (the port).
 - decode: greedy tokens/s behind a short prompt, after a warm-up, all sequences together.
 - recipe: `gemlet train` itself with a preset, for a fixed time: as many steps as the time allows at the rate that a
-  short run shows, so that the schedule ends with it.
+  short run shows, so that the schedule ends with it; fewer where the text would be read more than TIMES_READ times.
 """
 
 import argparse
@@ -42,6 +42,8 @@ from gemlet.metrics import flops_per_token, peak_flops, peak_memory_gib
 RIVALS = ("gemlet", "transformers", "transformers compiled", "plain compiled")
 TIMED_SECONDS = 10
 """Steps are timed for so long, twenty at most: of 32,768 tokens one takes a peer seconds."""
+TIMES_READ = 6
+"""What a model of millions of parameters learns from a small text by reading it again, it has learnt by then."""
 DECODERS = ("gemlet", "transformers", "transformers static compiled")
 
 
@@ -246,7 +248,7 @@ def recipe(args: argparse.Namespace, seconds: int) -> dict[str, Any]:
     """A preset trained on real text for a fixed time of training, and what it then scores on held-out documents."""
     from gemlet.evaluate import evaluate
     from gemlet.lm import load
-    from gemlet.prepare import prepare
+    from gemlet.prepare import load_meta, prepare
     from gemlet.sources import documents
     from gemlet.train import train
 
@@ -263,8 +265,9 @@ def recipe(args: argparse.Namespace, seconds: int) -> dict[str, Any]:
         short = run.replace(data=data, train=run.train.replace(**train_, eval_every=probe))
         train(short, Path(folder, "short"), quiet=True)
         rate = statistics.median(_logged(Path(folder, "short"), "train/tok_per_sec")[-10:])
-        steps = max(8, int(rate * seconds / run.train.tokens_per_step))
-        # the text may be small for so many tokens: the best of eight checkpoints counts
+        text = sum(shard.tokens for shard in load_meta(tokens).splits["train"].shards)
+        steps = max(8, int(min(rate * seconds, TIMES_READ * text) / run.train.tokens_per_step))
+        # and if that was too much for the text, the best of eight checkpoints counts
         whole = run.train.replace(
             **often, max_steps=steps, warmup_steps=min(run.train.warmup_steps, steps // 4), eval_every=-(-steps // 8),
             save_every=steps, compile=short.train.compile,
@@ -282,6 +285,7 @@ def recipe(args: argparse.Namespace, seconds: int) -> dict[str, Any]:
             "seconds_in_all": result.seconds,
             "steps": steps,
             "tokens": steps * run.train.tokens_per_step,
+            "tokens_of_text": text,
             "tokens_per_second": statistics.median(rates),
             "val_loss": result.val_loss,
             "val_bits_per_byte": result.val_bpb,

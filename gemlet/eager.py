@@ -130,7 +130,7 @@ class TorchDecoder(Decoder):
         for row, how in enumerate(params):
             alike.setdefault(_drawing(how), []).append(row)
         tokens = [0] * len(params)
-        finite = logits.sum(-1).isfinite()  # one NaN or infinity shows in the sum
+        usable = finite(logits)
         for how, rows in alike.items():
             whole = len(rows) == len(params)
             some = logits if whole else logits[rows]
@@ -140,7 +140,7 @@ class TorchDecoder(Decoder):
                 for i, row in enumerate(rows):
                     seen[i, list(texts[row])] = True
             chosen = sample(some, how, [draws[row] for row in rows], seen)
-            chosen = chosen.where(finite if whole else finite[rows], -1).tolist()  # one wait for the device, not two
+            chosen = chosen.where(usable if whole else usable[rows], -1).tolist()  # one wait for the device, not two
             for row, token in zip(rows, chosen, strict=True):
                 tokens[row] = token
         return tokens
@@ -180,7 +180,8 @@ class BatchDecoder(TorchDecoder):
         super().__init__(model, slots, max_length, cache_dtype)
         self._inputs = torch.zeros(3, slots, dtype=torch.long, device=model.device)  # tokens, positions, has a row
         self._kernels = self._step_in_kernels()
-        self._logits = torch.empty(0)
+        self._logits = self._likeliest = torch.empty(0)
+        self._given = self._logits  # what the last step returned, if it is all of it
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @torch.inference_mode()
@@ -197,28 +198,40 @@ class BatchDecoder(TorchDecoder):
             self._capture()
         else:
             self._graph.replay()
-        if all_in_order and wanted is None:
-            return self._logits.clone()  # the next step writes there
+        whole = all_in_order and wanted is None
+        self._given = self._logits.clone() if whole else self._logits[:0]  # a copy, since the next step writes there
+        if whole:
+            return self._given
         rows = slots if wanted is None else [slots[i] for i in wanted]
         return self._logits[list(rows)]
 
+    @torch.inference_mode()
+    def sample(self, logits, params, draws, texts) -> list[int]:
+        """See `Decoder.sample`. The likeliest tokens were found in the step."""
+        greedy = all(how.temperature == 0 and how.repetition_penalty == 1 for how in params)
+        if greedy and logits.data_ptr() == self._given.data_ptr() and logits.shape == self._given.shape:
+            return self._likeliest.tolist()
+        return super().sample(logits, params, draws, texts)
+
     def _capture(self) -> None:
         """Compute, and on a GPU of NVIDIA keep what was launched. Computing again changes nothing."""
-        compute = self._kernels or self._forward
-        self._logits = compute()
+        self._compute()
         if self.model.device.type == "cuda":
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
-                self._logits = compute()
+                self._compute()
             self._graph.replay()
+
+    def _compute(self) -> None:
+        self._logits = (self._kernels or self._forward)()
+        self._likeliest = self._logits.argmax(-1).where(finite(self._logits), -1)
 
     def _step_in_kernels(self) -> "Step | None":
         if self.model.device.type == "cuda" and torch.cuda.get_device_capability(self.model.device) >= (8, 0):
             with suppress(ImportError):  # Triton, which comes with torch wherever it is known to work
-                from gemlet.kernels.step import Step, fits
+                from gemlet.kernels.step import step_of
 
-                if fits(self.model, self.cache, self.slots):
-                    return Step(self.model, self.cache, self._inputs)
+                return step_of(self.model, self.cache, self._inputs)
         return None
 
     def _forward(self) -> Tensor:
@@ -256,6 +269,11 @@ class BatchDecoder(TorchDecoder):
         )
         age = (positions[:, None] - torch.arange(places, device=positions.device)) % places
         return ((age < window) & (age <= positions[:, None]))[:, None, None]
+
+
+def finite(logits: Tensor) -> Tensor:
+    """Whether all of them are, [..., V] to [...]: one NaN or infinity shows in the sum."""
+    return logits.sum(-1).isfinite()
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

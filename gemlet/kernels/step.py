@@ -1,8 +1,8 @@
-"""One step of every slot on a GPU of NVIDIA: five kernels a layer, in Triton. Its reference is `BatchDecoder._forward`.
+"""One step of every slot on a GPU of NVIDIA, in Triton. Its reference is `BatchDecoder._forward`.
 
 Few rows make a step's time that of reading the weights, and of how many kernels stand one behind the other. So a kernel
 begins with what its input still lacks, every program for itself: sums of parts, norms, the softmax across splits. Only
-what has to be complete before anybody reads it ends a kernel:
+what has to be complete before anybody reads it ends a kernel, and a layer has five:
 
 - `_embed`: the embeddings
 - `_read`: a norm of the stream and a product with rows that read it: queries, keys and values; gate and up; the head
@@ -12,6 +12,12 @@ what has to be complete before anybody reads it ends a kernel:
 
 No program overwrites what another one of its launch may read: `_read` takes the stream out of one buffer and what the
 layer added to it out of another, and writes the sum into a third. The stream is kept in float32.
+
+Many rows are work enough for cuBLAS: `ManyStep` has its products, and kernels of one program a slot between them:
+
+- `_norm`: what `_read` does before its product
+- `_attend`: the same one
+- `_whole`: what `_mix` does before its product
 
 Shapes as in `model`, and S slots; in capitals, too, what a kernel is compiled for: SLOTS and WIDTH are powers of two
 that hold the S slots and the inputs of a product, ROWS the outputs that a program computes.
@@ -23,6 +29,7 @@ that hold the S slots and the inputs of a product, ROWS the outputs that a progr
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -45,23 +52,28 @@ SLICES = 4
 """Of the inputs of down_proj, at most."""
 GROUP = 16
 """Query heads of a key head that fit into one product; the least that the tensor cores take."""
+FEW = 4
+"""Slots up to which `Step` is faster than `ManyStep`."""
 TILE = 1 << 15
 """Inputs of a product, of all slots, that a program can hold; the weights of its rows take as much as 8 slots do."""
 
 
-def fits(model: Gemma, cache: KVCache, slots: int) -> bool:
-    """Whether the kernels are for this model: in 16 bits, and of any shape that is not too wide for them."""
-    config = model.config
+def step_of(model: Gemma, cache: KVCache, inputs: Tensor) -> "Step | None":
+    """The step in the kernels that are for this model and so many slots, if there are any: in 16 bits, not too wide."""
+    config, slots = model.config, inputs.shape[1]
     kinds = {p.dtype for p in model.parameters() if p.ndim == 2} | {model.dtype, cache.layers[0].k.dtype}
     width = max(_power(config.hidden_size), _slice(config.intermediate_size))
-    return (
+    fits = (
         kinds == {torch.bfloat16}
         and config.head_dim <= 256
         and cache.max_length * config.head_dim < 2**31  # offsets in a ring are of 32 bits
         and config.num_attention_heads // config.num_key_value_heads <= GROUP
-        and config.num_attention_heads <= 32  # as many parts of o_proj are summed
-        and max(8, _columns(slots)) * width <= TILE
     )
+    if not fits or width > TILE:
+        return None
+    # as many parts of o_proj as there are heads are summed
+    few = slots <= FEW and max(8, _columns(slots)) * width <= TILE and config.num_attention_heads <= 32
+    return (Step if few else ManyStep)(model, cache, inputs)
 
 
 class Step:
@@ -70,10 +82,13 @@ class Step:
     `inputs` [3, S] are the tokens, their positions, and whether a slot has a row: if not, its rings stay as they are.
     """
 
+    products = torch.float32
+    """The dtype of what products leave for the next kernel."""
+
     def __init__(self, model: Gemma, cache: KVCache, inputs: Tensor):
         config, backbone = model.config, model.model
-        D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
-        N, K, S = config.num_attention_heads, config.num_key_value_heads, inputs.shape[1]
+        D, H, S = config.hidden_size, config.head_dim, inputs.shape[1]
+        N, K = config.num_attention_heads, config.num_key_value_heads
         self.model, self.cache, self.inputs = model, cache, inputs
         self.blocks: Any = backbone.layers
         projections = ((b.self_attn.q_proj, b.self_attn.k_proj, b.self_attn.v_proj) for b in self.blocks)
@@ -83,18 +98,22 @@ class Step:
         self.frequencies = torch.stack([rope_frequencies(H, base, model.device) for base in bases.values()])[:, None]
         # rounded as in Backbone.scaled
         self.scale = torch.tensor(D**0.5, dtype=torch.bfloat16).item()
-        self.width, self.slice = _power(D), _slice(F)
-        self.slices = triton.cdiv(F, self.slice)
+        self.width, self.slice = _power(D), _slice(config.intermediate_size)
 
         def floats(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=model.device)
 
         self.stream, self.next = floats(S, D), floats(S, D)
-        self.qkv = floats(S, (N + 2 * K) * H)
+        self.qkv = floats(S, (N + 2 * K) * H).to(self.products)
         self.found, self.logsums = floats(SPLITS, S, N, H), floats(SPLITS, S, N)
-        self.attended, self.processed = floats(N, S, D), floats(self.slices, S, D)
-        self.inner = torch.empty(S, F, dtype=torch.bfloat16, device=model.device)
+        self.attended, self.processed = (floats(parts, S, D).to(self.products) for parts in self._parts())
+        self.inner = floats(S, config.intermediate_size).bfloat16()
         self.logits = floats(S, config.vocab_size)
+
+    def _parts(self) -> tuple[int, int]:
+        """How many parts make what attention, and what the MLP adds to the stream."""
+        config = self.model.config
+        return config.num_attention_heads, triton.cdiv(config.intermediate_size, self.slice)
 
     def __call__(self) -> Tensor:
         """The logits [S, V] in float32: always the same memory."""
@@ -103,7 +122,7 @@ class Step:
         D, S = config.hidden_size, len(tokens)
         angles = self.frequencies * positions[:, None]  # [kinds, S, H / 2]
         ropes = angles.cos(), angles.sin()
-        known = {"D": D, "SCALE": self.scale, "SLICES": self.slices, "WIDTH": self.width}
+        known = {"D": D, "SCALE": self.scale, "PARTS": len(self.processed), "WIDTH": self.width}
         _embed[(S,)](tokens, model.model.embed_tokens.weight, self.stream, self.processed, **known)
         for i, block in enumerate(self.blocks):
             attention, mlp = block.self_attn, block.mlp
@@ -153,10 +172,45 @@ class Step:
         _mix[grid](self.found, self.logsums, weight, self.attended, splits, **known, **sizes, num_warps=warps)
 
     def _down(self, weight: Tensor) -> None:
-        D, (S, F) = self.model.config.hidden_size, self.inner.shape
+        D, (S, inputs) = self.model.config.hidden_size, self.inner.shape
         sizes = {"SLOTS": _columns(S), "WIDTH": self.slice, "ROWS": ROWS}
-        grid, warps = (triton.cdiv(D, ROWS), self.slices), _warps(S, self.slice)
-        _down[grid](self.inner, weight, self.processed, S=S, D=D, F=F, **sizes, num_warps=warps)
+        grid, warps = (triton.cdiv(D, ROWS), len(self.processed)), _warps(S, self.slice)
+        _down[grid](self.inner, weight, self.processed, S=S, D=D, F=inputs, **sizes, num_warps=warps)
+
+
+class ManyStep(Step):
+    """The same for many slots, with cuBLAS's products."""
+
+    products = torch.bfloat16
+
+    def __init__(self, model: Gemma, cache: KVCache, inputs: Tensor):
+        super().__init__(model, cache, inputs)
+        S, N, H = self.found.shape[1:]
+        self.normed, self.heads = self.inner.new_empty(S, self.stream.shape[1]), self.inner.new_empty(S, N * H)
+
+    def _parts(self) -> tuple[int, int]:
+        return 1, 1
+
+    def _read(self, parts: Tensor, post: Any, norm: Any, out: Tensor, weight: Tensor, up: Tensor | None = None) -> None:
+        S, D = self.stream.shape
+        known = {"D": D, "EPS": norm.eps, "WIDTH": self.width}
+        _norm[(S,)](self.stream, parts, post.weight, norm.weight, self.normed, **known)
+        if up is not None:
+            gate = F.gelu(self.normed @ weight.T, approximate="tanh")
+            torch.mul(gate, self.normed @ up.T, out=out)
+        elif out is self.logits:  # a row for each token, since rows as long as the vocabulary are slow to write
+            out.copy_((weight @ self.normed.T).T)
+        else:
+            torch.mm(self.normed, weight.T, out=out)
+
+    def _mix(self, weight: Tensor, splits: int) -> None:
+        _, S, N, H = self.found.shape
+        known = {"S": S, "N": N, "H": H, "WIDTH": _power(H), "SPLITS": _power(splits)}
+        _whole[(S, N)](self.found, self.logsums, self.heads, splits, **known)
+        torch.mm(self.heads, weight.T, out=self.attended[0])
+
+    def _down(self, weight: Tensor) -> None:
+        torch.mm(self.inner, weight.T, out=self.processed[0])
 
 
 def _power(n: int) -> int:
@@ -204,14 +258,14 @@ def _product(x, w):
 
 @triton.jit
 def _embed(
-    tokens, embedding, stream, parts, D: tl.constexpr, SCALE: tl.constexpr, SLICES: tl.constexpr, WIDTH: tl.constexpr
+    tokens, embedding, stream, parts, D: tl.constexpr, SCALE: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """The beginning of the stream [S, D]; nothing has been added to it, so that the `parts` [SLICES, S, D] are 0."""
+    """The beginning of the stream [S, D]; nothing has been added to it, so that the `parts` [PARTS, S, D] are 0."""
     slot, d = tl.program_id(0), tl.arange(0, WIDTH)
     x = tl.load(embedding + tl.load(tokens + slot) * D + d, mask=d < D, other=0.0)
     scaled = (x.to(tl.float32) * SCALE).to(x.dtype).to(tl.float32)
     tl.store(stream + slot * D + d, scaled, mask=d < D)
-    for part in tl.static_range(SLICES):
+    for part in tl.static_range(PARTS):
         tl.store(parts + (part * tl.num_programs(0) + slot) * D + d, tl.zeros_like(scaled), mask=d < D)
 
 
@@ -263,9 +317,11 @@ def _read(
 
 
 @triton.jit
-def _turned(x, y, norm, cos, sin, half, H: tl.constexpr, EPS: tl.constexpr):
-    """Halves x and y of vectors [.., H], normalised, and then turned by RoPE; see `model.rotate`."""
+def _turned(vectors, mask, norm, cos, sin, half, H: tl.constexpr, EPS: tl.constexpr):
+    """Both halves of vectors [.., H] in memory, normalised, and then turned by RoPE; see `model.rotate`."""
     inside = half < H // 2
+    x = tl.load(vectors, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(vectors + H // 2, mask=mask, other=0.0).to(tl.float32)
     scale = tl.rsqrt((tl.sum(x * x, 1) + tl.sum(y * y, 1)) / H + EPS)[:, None]
     x *= scale * (1 + tl.load(norm + half, mask=inside, other=0.0).to(tl.float32))[None, :]
     y *= scale * (1 + tl.load(norm + H // 2 + half, mask=inside, other=0.0).to(tl.float32))[None, :]
@@ -324,11 +380,9 @@ def _attend(
     heads = head * (N // K) + g
     mine = (g < N // K)[:, None] & left[None, :]
     at = heads[:, None] * H + half[None, :]
-    x, y = tl.load(qkv + at, mask=mine, other=0.0), tl.load(qkv + H // 2 + at, mask=mine, other=0.0)
-    q1, q2 = _turned(x, y, q_norm, cos, sin, half, H, EPS)
+    q1, q2 = _turned(qkv + at, mine, q_norm, cos, sin, half, H, EPS)
     at = (N + head) * H + half[None, :]
-    x, y = tl.load(qkv + at, mask=left[None, :], other=0.0), tl.load(qkv + H // 2 + at, mask=left[None, :], other=0.0)
-    k1, k2 = _turned(x, y, k_norm, cos, sin, half, H, EPS)  # [1, HALF]
+    k1, k2 = _turned(qkv + at, left[None, :], k_norm, cos, sin, half, H, EPS)  # [1, HALF]
     v = tl.load(qkv + (N + K + head) * H + h, mask=h < H, other=0.0).to(tl.bfloat16)[None, :]
     tl.store(ring_k + here * H + half[None, :], k1, mask=left[None, :] & writes)
     tl.store(ring_k + here * H + H // 2 + half[None, :], k2, mask=left[None, :] & writes)
@@ -422,3 +476,37 @@ def _down(
     x = tl.load(inner + s[:, None] * F + f[None, :], mask=(s < S)[:, None] & (f < F)[None, :], other=0.0)
     y = _product(x, w)
     tl.store(out + (part * S + s)[:, None] * D + row[None, :], y, mask=(s < S)[:, None] & (row < D)[None, :])
+
+
+@triton.jit
+def _norm(stream, parts, post, norm, out, D: tl.constexpr, EPS: tl.constexpr, WIDTH: tl.constexpr):
+    """stream += post(the one part); out = norm(stream): a slot [D] of each."""
+    d = tl.arange(0, WIDTH)
+    at, inside = (tl.program_id(0) * D + d)[None, :], (d < D)[None, :]
+    x = tl.load(stream + at, mask=inside, other=0.0)
+    added = tl.load(parts + at, mask=inside, other=0.0).to(tl.float32)
+    x += _normalised(added, post, d, D, EPS)
+    tl.store(stream + at, x, mask=inside)
+    tl.store(out + at, _normalised(x, norm, d, D, EPS).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _whole(
+    found,
+    logsums,
+    out,
+    splits,
+    S: tl.constexpr,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """What `_attend` found for one query head of one slot, made whole: [H] of out [S, N * H]."""
+    at, split, h = tl.program_id(0) * N + tl.program_id(1), tl.arange(0, SPLITS), tl.arange(0, WIDTH)
+    logs = tl.load(logsums + split * S * N + at, mask=split < splits, other=-float("inf"))
+    share = tl.exp(logs - tl.max(logs, 0))
+    there = (split < splits)[:, None] & (h < H)[None, :]
+    mean = tl.load(found + (split * S * N + at)[:, None] * H + h[None, :], mask=there, other=0.0)
+    y = tl.sum(share[:, None] * mean, 0) / tl.sum(share, 0)
+    tl.store(out + at * H + h, y.to(out.dtype.element_ty), mask=h < H)

@@ -45,12 +45,16 @@ def _written(decoder: BatchDecoder, starts: list[int | None], steps: int, in_tor
     return torch.stack([decoder.step(row.tolist(), on, (positions + i).tolist()) for i, row in enumerate(tokens)])
 
 
+@pytest.mark.parametrize("few", [0, 16], ids=["for many", "for few"])
 @pytest.mark.parametrize("slots", STARTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_kernels_are_the_step_in_torch(device: torch.device, shape: str, slots: int) -> None:
+def test_the_kernels_are_the_step_in_torch(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, shape: str, slots: int, few: int
+) -> None:
     """Beyond the end of a ring. The step in float32 says how much is rounding: either may be the closer one to it."""
     if device.type == "cpu":
         pytest.skip("the kernels are for NVIDIA's GPUs")
+    monkeypatch.setattr(kernels, "FEW", few)
     _compare(device, SHAPES[shape], slots)
 
 
@@ -87,7 +91,5 @@ def _compare(device: torch.device, shape: dict[str, Any], slots: int) -> None:
 
 def test_what_is_too_wide_is_for_torch(device: torch.device) -> None:
     model = tiny_model(head_dim=258).to(device, torch.bfloat16)
-    decoder = BatchDecoder(model, 1, 4)
-    assert not kernels.fits(model, decoder.cache, 1) and decoder._kernels is None
-    model = tiny_model().to(device)
-    assert not kernels.fits(model, BatchDecoder(model, 1, 4).cache, 1), "of weights in float32"
+    assert BatchDecoder(model, 1, 4)._kernels is None
+    assert BatchDecoder(tiny_model().to(device), 1, 4)._kernels is None, "weights in float32"
