@@ -5,22 +5,24 @@ eight passes over the logits in float32.
 """
 
 # Triton comes with torch for a GPU alone, and its functions are no functions
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = 2048
+COLUMNS = 4096
 """Of a row, taken at a time."""
+NEVER = tl.constexpr(-1e30)
+"""Below any logit; unlike an infinity it can be taken from itself."""
 
 
 def to_gradient(logits: Tensor, targets: Tensor, vocabulary: int, ignore: int) -> Tensor:
     """`loss._to_gradient`: logits [n, at least `vocabulary`], targets [n]; rows that are not scored become 0."""
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     known = {"WIDTH": logits.shape[1], "VOCABULARY": vocabulary, "IGNORE": ignore, "COLUMNS": COLUMNS}
-    _row[(len(logits),)](logits, targets, losses, logits.stride(0), **known, num_warps=8)
+    _row[(len(logits),)](logits, targets, losses, logits.stride(0), **known, num_warps=16)
     return losses.sum()
 
 
@@ -41,13 +43,16 @@ def _row(
     scored = target != IGNORE
     right = tl.load(logits + tl.where(scored, target, 0)).to(tl.float32)  # before any of the row is written
     columns = tl.arange(0, COLUMNS)
-    top, total = -float("inf"), 0.0  # of the columns so far: the largest, and the sum of exp(x - top)
+    # of each column so far: the largest, and the sum of exp(x - top); one column waits for the others at the end alone
+    tops, totals = tl.full((COLUMNS,), NEVER, tl.float32), tl.zeros((COLUMNS,), tl.float32)
     for start in range(0, VOCABULARY, COLUMNS):
         at = start + columns
-        x = tl.load(logits + at, mask=at < VOCABULARY, other=-float("inf")).to(tl.float32)
-        higher = tl.maximum(top, tl.max(x, 0))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), 0)
-        top = higher
+        x = tl.load(logits + at, mask=at < VOCABULARY, other=NEVER).to(tl.float32)
+        higher = tl.maximum(tops, x)
+        totals = totals * tl.exp(tops - higher) + tl.exp(x - higher)
+        tops = higher
+    top = tl.max(tops, 0)
+    total = tl.sum(totals * tl.exp(tops - top), 0)
     tl.store(losses + row, tl.where(scored, top + tl.log(total) - right, 0.0))
     scale = tl.where(scored, 1.0, 0.0)
     for start in range(0, WIDTH, COLUMNS):

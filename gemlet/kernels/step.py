@@ -25,6 +25,8 @@ that hold the S slots and the inputs of a product, ROWS the outputs that a progr
 
 # Triton comes with torch for a GPU alone, and its functions are no functions
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportReturnType=false
 
 from typing import Any
 
@@ -82,8 +84,8 @@ class Step:
     `inputs` [3, S] are the tokens, their positions, and whether a slot has a row: if not, its rings stay as they are.
     """
 
-    products = torch.float32
-    """The dtype of what products leave for the next kernel."""
+    products: torch.dtype | None = torch.float32
+    """The dtype of what products leave for the next kernel; None: the model's."""
 
     def __init__(self, model: Gemma, cache: KVCache, inputs: Tensor):
         config, backbone = model.config, model.model
@@ -97,17 +99,18 @@ class Step:
         self.kinds = {kind: i for i, kind in enumerate(bases)}
         self.frequencies = torch.stack([rope_frequencies(H, base, model.device) for base in bases.values()])[:, None]
         # rounded as in Backbone.scaled
-        self.scale = torch.tensor(D**0.5, dtype=torch.bfloat16).item()
+        self.scale = torch.tensor(D**0.5, dtype=model.dtype).item()
         self.width, self.slice = _power(D), _slice(config.intermediate_size)
 
         def floats(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=model.device)
 
         self.stream, self.next = floats(S, D), floats(S, D)
-        self.qkv = floats(S, (N + 2 * K) * H).to(self.products)
+        products = self.products or model.dtype
+        self.qkv = floats(S, (N + 2 * K) * H).to(products)
         self.found, self.logsums = floats(SPLITS, S, N, H), floats(SPLITS, S, N)
-        self.attended, self.processed = (floats(parts, S, D).to(self.products) for parts in self._parts())
-        self.inner = floats(S, config.intermediate_size).bfloat16()
+        self.attended, self.processed = (floats(parts, S, D).to(products) for parts in self._parts())
+        self.inner = floats(S, config.intermediate_size).to(model.dtype)
         self.logits = floats(S, config.vocab_size)
 
     def _parts(self) -> tuple[int, int]:
@@ -181,7 +184,7 @@ class Step:
 class ManyStep(Step):
     """The same for many slots, with cuBLAS's products."""
 
-    products = torch.bfloat16
+    products = None
 
     def __init__(self, model: Gemma, cache: KVCache, inputs: Tensor):
         super().__init__(model, cache, inputs)
@@ -242,8 +245,8 @@ def _normalised(x, weight, d, WIDTH: tl.constexpr, EPS: tl.constexpr):
 
 @triton.jit
 def _product(x, w):
-    """x [SLOTS, WIDTH] in float32 and w [ROWS, WIDTH] in bfloat16 to [SLOTS, ROWS] in float32, of x rounded as w is."""
-    x = x.to(tl.bfloat16)
+    """x [SLOTS, WIDTH] in float32 and w [ROWS, WIDTH] to [SLOTS, ROWS] in float32, of x rounded as w is."""
+    x = x.to(w.dtype)
     SLOTS: tl.constexpr = x.shape[0]
     WIDTH: tl.constexpr = x.shape[1]
     ROWS: tl.constexpr = w.shape[0]
@@ -307,7 +310,8 @@ def _read(
     for part in tl.static_range(PARTS):
         added += tl.load(parts + part * S * D + at, mask=inside, other=0.0)
     x += _normalised(added, post, d, D, EPS)
-    tl.store(following + at, x, mask=inside & (tl.program_id(0) == 0))
+    if tl.program_id(0) == 0:
+        tl.store(following + at, x, mask=inside)
     x = _normalised(x, norm, d, D, EPS)
     y = _product(x, w)
     if GATED:
@@ -317,7 +321,7 @@ def _read(
 
 
 @triton.jit
-def _turned(vectors, mask, norm, cos, sin, half, H: tl.constexpr, EPS: tl.constexpr):
+def _turned(vectors, mask, norm, cos, sin, half, H: tl.constexpr, EPS: tl.constexpr, DTYPE: tl.constexpr):
     """Both halves of vectors [.., H] in memory, normalised, and then turned by RoPE; see `model.rotate`."""
     inside = half < H // 2
     x = tl.load(vectors, mask=mask, other=0.0).to(tl.float32)
@@ -327,7 +331,7 @@ def _turned(vectors, mask, norm, cos, sin, half, H: tl.constexpr, EPS: tl.conste
     y *= scale * (1 + tl.load(norm + H // 2 + half, mask=inside, other=0.0).to(tl.float32))[None, :]
     c = tl.load(cos + half, mask=inside, other=0.0)[None, :]
     s = tl.load(sin + half, mask=inside, other=0.0)[None, :]
-    return (x * c - y * s).to(tl.bfloat16), (y * c + x * s).to(tl.bfloat16)
+    return (x * c - y * s).to(DTYPE), (y * c + x * s).to(DTYPE)
 
 
 @triton.jit(do_not_specialize=["places", "window", "splits"])
@@ -366,6 +370,7 @@ def _attend(
     """
     slot, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g, half, h = tl.arange(0, GROUP), tl.arange(0, HALF), tl.arange(0, WHOLE)
+    DTYPE: tl.constexpr = ring_k.dtype.element_ty
     position = tl.load(positions + slot).to(tl.int32)
     here = position % places
     writes = (here // BLOCK % splits == split) & (tl.load(active + slot) > 0)
@@ -380,13 +385,14 @@ def _attend(
     heads = head * (N // K) + g
     mine = (g < N // K)[:, None] & left[None, :]
     at = heads[:, None] * H + half[None, :]
-    q1, q2 = _turned(qkv + at, mine, q_norm, cos, sin, half, H, EPS)
+    q1, q2 = _turned(qkv + at, mine, q_norm, cos, sin, half, H, EPS, DTYPE)
     at = (N + head) * H + half[None, :]
-    k1, k2 = _turned(qkv + at, left[None, :], k_norm, cos, sin, half, H, EPS)  # [1, HALF]
-    v = tl.load(qkv + (N + K + head) * H + h, mask=h < H, other=0.0).to(tl.bfloat16)[None, :]
-    tl.store(ring_k + here * H + half[None, :], k1, mask=left[None, :] & writes)
-    tl.store(ring_k + here * H + H // 2 + half[None, :], k2, mask=left[None, :] & writes)
-    tl.store(ring_v + here * H + h[None, :], v, mask=(h < H)[None, :] & writes)
+    k1, k2 = _turned(qkv + at, left[None, :], k_norm, cos, sin, half, H, EPS, DTYPE)  # [1, HALF]
+    v = tl.load(qkv + (N + K + head) * H + h, mask=h < H, other=0.0).to(DTYPE)[None, :]
+    if writes:
+        tl.store(ring_k + here * H + half[None, :], k1, mask=left[None, :])
+        tl.store(ring_k + here * H + H // 2 + half[None, :], k2, mask=left[None, :])
+        tl.store(ring_v + here * H + h[None, :], v, mask=(h < H)[None, :])
 
     top = tl.full((GROUP,), -float("inf"), tl.float32)
     total = tl.zeros((GROUP,), tl.float32)
@@ -409,7 +415,7 @@ def _attend(
             higher = tl.maximum(top, tl.max(scores, 1))
             p, fade = tl.exp(scores - higher[:, None]), tl.exp(top - higher)
             total = total * fade + tl.sum(p, 1)
-            mean = mean * fade[:, None] + tl.dot(p.to(tl.bfloat16), values)
+            mean = mean * fade[:, None] + tl.dot(p.to(DTYPE), values)
             top = higher
     mean /= tl.where(total > 0, total, 1.0)[:, None]
     found += (split * S + slot) * N * H
