@@ -54,9 +54,12 @@ class Linear(nn.Module):
 
 
 def rope(positions: Tensor, head_dim: int, base: float) -> Rope:
-    """Cosine and sine, [T, H] in float32, of the angles by which RoPE (2104.09864) turns pairs (i, i + H/2)."""
-    angle = torch.outer(positions.float(), rope_frequencies(head_dim, base, positions.device)).repeat(1, 2)
-    return angle.cos(), angle.sin()
+    """Cosine and sine, [T, H] in float32, of the angles by which RoPE (2104.09864) turns pairs (i, i + H/2).
+
+    The sine of the left half is negative: that is its sign in the formula, see `rotate`.
+    """
+    angle = torch.outer(positions.float(), rope_frequencies(head_dim, base, positions.device))
+    return angle.repeat(1, 2).cos(), torch.cat((-angle, angle), -1).sin()
 
 
 def rope_frequencies(head_dim: int, base: float, device: torch.device | None = None) -> Tensor:
@@ -65,10 +68,12 @@ def rope_frequencies(head_dim: int, base: float, device: torch.device | None = N
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn the pairs of x [B, heads, T, H] by their positions' angles."""
-    cos, sin = rope
-    left, right = x.float().chunk(2, -1)
-    return (x.float() * cos + torch.cat((-right, left), -1) * sin).to(x.dtype)
+    """Turn the pairs of x [B, heads, T, H] by their positions' angles: (a cos - b sin, b cos + a sin).
+
+    Halves that change places cost compiled code two thirds of what a `cat` does, on the way back above all.
+    """
+    halves, cos, sin = (y.unflatten(-1, (2, -1)) for y in (x.float(), *rope))  # [.., 2, H/2]
+    return (halves * cos + halves.flip(-2) * sin).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
