@@ -29,7 +29,7 @@ from gemlet.host import reuse_memory
 from gemlet.loss import linear_cross_entropy
 from gemlet.metrics import flops_per_token, peak_flops
 from gemlet.model import Gemma, init_weights
-from gemlet.optim import make_optimizers
+from gemlet.optim import clip, make_optimizers
 
 Step = Callable[[Tensor, Tensor], None]
 Clock = Callable[[], float]
@@ -64,7 +64,7 @@ def gemlet(
     def step(x: Tensor, y: Tensor) -> None:
         starts = None if begin is None else document_starts(x, begin)
         (linear_cross_entropy(model.model(x, starts=starts), model.head_weight, y) / y.numel()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip([p.grad for p in model.parameters() if p.grad is not None], 1.0)
         for each in optimizers:
             each.step()
             each.zero_grad()

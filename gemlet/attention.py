@@ -51,8 +51,8 @@ def visible(
     T: int, S: int, window: int | None, device: torch.device | None = None, starts: Tensor | None = None
 ) -> Tensor:
     """The mask of the contract as bool, True where a query sees a key: [T, S], and [B, 1, T, S] where starts are."""
-    i = torch.arange(S - T, S, device=device)[:, None]
-    j = torch.arange(S, device=device)[None, :]
+    i = torch.arange(S - T, S, dtype=torch.int32, device=device)[:, None]
+    j = torch.arange(S, dtype=torch.int32, device=device)[None, :]
     seen = (j <= i) if window is None else (j <= i) & (j > i - window)
     return seen if starts is None else seen & (j >= starts[:, None, :, None])
 
@@ -96,13 +96,27 @@ def blocked(
         first = 0 if window is None else max(0, S - T + start + 1 - window)
         queries, keys, values = q[:, :, start:end], k[:, :, first:last], v[:, :, first:last]
         # the queries are scaled, since there are fewer of them than scores
-        scores = (queries * scale).reshape(B, K, -1, H) @ keys.transpose(-1, -2)  # [B, K, N/K * block, keys]
+        scores = _Scores.apply((queries * scale).reshape(B, K, -1, H), keys)  # [B, K, N/K * block, keys]
         scores = scores.view(B, N, end - start, -1)
         begins = None if starts is None else starts[:, start:end] - first
         scores = scores.masked_fill(~visible(end - start, last - first, window, q.device, begins), -torch.inf)
         weights = scores.softmax(-1).view(B, K, -1, last - first)  # in float32 inside, whatever the dtype
         out.append((weights @ values).view(B, N, end - start, H))
     return torch.cat(out, 2)
+
+
+class _Scores(torch.autograd.Function):
+    """queries @ keys.mT. torch would take the gradient of keys.mT, which lies the wrong way round to be summed up."""
+
+    @staticmethod
+    def forward(ctx, queries: Tensor, keys: Tensor) -> Tensor:
+        ctx.save_for_backward(queries, keys)
+        return queries @ keys.mT
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor):
+        (grad,), (queries, keys) = grad_outputs, ctx.saved_tensors
+        return grad @ keys, grad.mT @ queries
 
 
 def recomputed(
