@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from gemlet.attention import attention
 from gemlet.cache import KVCache, LayerCache
 from gemlet.config import FULL, SLIDING, ModelConfig
+from gemlet.linear import linear
 
 Rope = tuple[Tensor, Tensor]
 
@@ -50,7 +51,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight)
 
 
 def rope(positions: Tensor, head_dim: int, base: float) -> Rope:
