@@ -14,8 +14,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     """The gradient of the weight is the sum of those of two halves of the tokens.
 
-    It is a small matrix out of long sums, which two cores share badly: as two products, in one call, they take 3 to 20 %
-    less time in bf16 (docs/internals/performance.md). The halves are added in float32.
+    It is a small matrix out of long sums, which two cores share badly: two products, in one call, take 3 to 20 % less
+    time in bf16 (docs/internals/performance.md). The halves are added in float32.
     """
 
     @staticmethod
