@@ -97,7 +97,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 OURS = """
 import re, sys, torch
-import gemlet.lm
+import gemlet.lm, gemlet.model  # libraries are not counted
 def peak():  # of this program; ru_maxrss would count that of the process which started it
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 before = peak()
