@@ -181,7 +181,7 @@ class BatchDecoder(TorchDecoder):
         self._inputs = torch.zeros(3, slots, dtype=torch.long, device=model.device)  # tokens, positions, has a row
         self._kernels = self._step_in_kernels()
         self._logits = self._likeliest = torch.empty(0)
-        self._given = self._logits  # what the last step returned, if it is all of it
+        self._given = self._logits  # what the last step returned, if that was a row of every slot
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @torch.inference_mode()
@@ -190,15 +190,14 @@ class BatchDecoder(TorchDecoder):
         if len(set(slots)) < len(slots):
             return super().step(tokens, slots, positions, wanted)
         inputs = torch.tensor([list(tokens), list(positions), [1] * len(slots)])
-        all_in_order = list(slots) == list(range(self.slots))
-        if not all_in_order:
+        whole = wanted is None and list(slots) == list(range(self.slots))
+        if not whole:
             inputs = torch.zeros(3, self.slots, dtype=torch.long).index_copy_(1, torch.tensor(slots), inputs)
         self._inputs.copy_(inputs)
         if self._graph is None:
             self._capture()
         else:
             self._graph.replay()
-        whole = all_in_order and wanted is None
         self._given = self._logits.clone() if whole else self._logits[:0]  # a copy, since the next step writes there
         if whole:
             return self._given

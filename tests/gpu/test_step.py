@@ -119,5 +119,8 @@ def test_the_interpreted_kernels_are_the_step_in_torch(step: str, slots: int) ->
 
 def test_what_is_too_wide_is_for_torch(device: torch.device) -> None:
     model = tiny_model(head_dim=258).to(device, torch.bfloat16)
-    assert BatchDecoder(model, 1, 4)._kernels is None
-    assert BatchDecoder(tiny_model().to(device), 1, 4)._kernels is None, "weights in float32"
+    decoder = BatchDecoder(model, 1, 4)
+    assert decoder._kernels is None and kernels.step_of(model, decoder.cache, decoder._inputs) is None
+    model = tiny_model().to(device)
+    decoder = BatchDecoder(model, 1, 4)
+    assert kernels.step_of(model, decoder.cache, decoder._inputs) is None, "of weights in float32"
