@@ -201,9 +201,10 @@ def decoding(args: argparse.Namespace, config: ModelConfig, rival: str, batch: i
     if rival == "gemlet":
         from gemlet.generate import generate_samples
         from gemlet.model import Gemma, init_weights
+        from gemlet.ready import Ready
         from gemlet.sampling import SamplingParams
 
-        model = init_weights(Gemma(config)).to(device, dtype)
+        model = Ready(init_weights(Gemma(config)).to(device, dtype))  # as `gemlet.load` makes it
         params = SamplingParams(max_new_tokens=new, temperature=0)
 
         def run() -> int:

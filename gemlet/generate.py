@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from gemlet.decoder import Decoder
 from gemlet.ready import Ready
 from gemlet.sampling import Draws, SamplingParams, checked, draws
 
@@ -55,9 +56,24 @@ def _generate(
 ) -> Iterator[tuple[int, int]]:
     if limit == 0:
         return
+    decoder = ready.lend(len(own), len(prompt) + limit)
+    try:
+        yield from _rounds(ready, decoder, prompt, params, limit, own, ended)
+    finally:
+        ready.take_back(decoder)
+
+
+def _rounds(
+    ready: Ready,
+    decoder: Decoder,
+    prompt: list[int],
+    params: SamplingParams,
+    limit: int,
+    own: list[Draws],
+    ended: Callable[[int], bool],
+) -> Iterator[tuple[int, int]]:
     running = list(range(len(own)))  # the samples that go on; sample i has slot i
     texts = [list(prompt) for _ in running]
-    decoder = ready.decoder(len(running), len(prompt) + limit)
     rows = decoder.prefill(0, prompt)[None, None][:, [0] * len(running)]  # [guessed and one, samples, V]
     for i in running[1:]:
         decoder.copy(0, i, len(prompt))

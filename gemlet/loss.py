@@ -35,6 +35,10 @@ PIECE = 2**20
 PIECE_ROWS = 512
 """Rows of the head in one product, in float32 on a CPU: MKL takes two thirds of the time of a product with all."""
 
+WHOLE_ROWS = 512
+"""A piece of the head's gradient has a multiple of so many rows: its product takes up to a seventh less time than one
+that begins anywhere (docs/internals/performance.md)."""
+
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Sum of -log p(target) in nats, over the targets that are not IGNORE.
@@ -168,7 +172,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
     if a.device.type == "cuda":
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=0 if fresh else 1, out=total)
         return
-    rows = _piece_rows(total)
+    rows = math.ceil(_piece_rows(total) / WHOLE_ROWS) * WHOLE_ROWS
     for part, factor in zip(total.split(rows), a.split(rows), strict=True):
         if fresh:
             part.copy_(factor @ b)

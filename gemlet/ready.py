@@ -1,6 +1,7 @@
 """A model made ready to write: which decoder is the fastest one here, and its weights in the format asked for."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ from gemlet.quantise import FORMATS
 
 if TYPE_CHECKING:
     from gemlet.model import Gemma
+
+ROOM = 256
+"""A GPU's decoder has room for a multiple of so many tokens."""
 
 
 class Ready:
@@ -32,6 +36,7 @@ class Ready:
         self._wait = wait
         self._native: NativeWeights | None = None
         self._rounded: Gemma | None = None
+        self._returned: list[Decoder] = []  # at most one
 
     @cached_property
     def model(self) -> "Gemma":
@@ -54,6 +59,21 @@ class Ready:
         self._rounded = self._rounded or self.rounded()
         kind = TorchDecoder if self._on_cpu else BatchDecoder
         return kind(self._rounded, slots, max_length, cache_dtype(self.format))
+
+    def lend(self, slots: int, max_length: int) -> Decoder:
+        """A decoder for a text, to be given back. `take_back` says what that is good for."""
+        with suppress(IndexError):  # popped, not looked at first: two threads never get the same one
+            decoder = self._returned.pop()
+            if decoder.slots == slots and decoder.max_length >= max_length:
+                return decoder
+        if not self._on_cpu:  # so that the next text, which may be longer, has room in it, too
+            max_length = min(-(-max_length // ROOM) * ROOM, self.config.max_position_embeddings)
+        return self.decoder(slots, max_length)
+
+    def take_back(self, decoder: Decoder) -> None:
+        """Keep it for the next text where that is worth its memory: on a GPU one is made in the time of 60 tokens."""
+        if not self._on_cpu:
+            self._returned[:] = [decoder]
 
     def rounded(self) -> "Gemma":
         """The model in plain torch, with the values that the format keeps: what any of the decoders computes."""

@@ -444,3 +444,37 @@ def test_guessing_is_left_off_while_it_does_not_pay_and_tried_again():
         text += [(1, 2, 3)[(len(text) + i) % 3] for i in range(4 if guessed[-1] else 1)]
         now += 1.4 if guessed[-1] else 1
     assert sum(guessed[-50:]) == 50
+
+
+class OnGPU(gemlet.ready.Ready):
+    """Writes on a CPU as on a GPU, and counts the decoders it makes."""
+
+    _on_cpu = False
+    made = 0
+
+    def decoder(self, slots, max_length):
+        self.made += 1
+        return super().decoder(slots, max_length)
+
+
+def test_a_gpu_writes_text_after_text_with_one_decoder():
+    ready = OnGPU(NO_END)
+    for prompt, seed in (PROMPT, 0), (PROMPT[:2], 1), ([*PROMPT, 9], 2):
+        assert list(generate(ready, prompt, params(seed=seed))) == list(generate(NO_END, prompt, params(seed=seed)))
+    assert ready.made == 1
+    list(generate_samples(ready, PROMPT, params(), 2))
+    assert ready.made == 2, "one for two texts"
+
+
+def test_texts_written_at_once_have_decoders_of_their_own():
+    ready = OnGPU(NO_END)
+    first, second = generate(ready, PROMPT, params(seed=1)), generate(ready, PROMPT[:2], params(seed=2))
+    pairs = list(zip(first, second, strict=True))
+    assert [a for a, _ in pairs] == list(generate(NO_END, PROMPT, params(seed=1)))
+    assert [b for _, b in pairs] == list(generate(NO_END, PROMPT[:2], params(seed=2)))
+    assert ready.made == 2
+    given_up = generate(ready, PROMPT, params())
+    next(given_up)
+    given_up.close()
+    assert len(list(generate(ready, PROMPT, params()))) == LONG
+    assert ready.made == 2

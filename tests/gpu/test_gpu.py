@@ -14,6 +14,7 @@ from gemlet.eager import generate_uncached
 from gemlet.generate import generate, generate_samples
 from gemlet.loss import IGNORE, _softmax, _to_gradient, linear_cross_entropy
 from gemlet.model import Gemma
+from gemlet.ready import Ready
 from gemlet.sampling import SamplingParams
 from gemlet.testing import tiny_config, tiny_model
 from gemlet.train import new_state, speed_up, train_step
@@ -183,3 +184,6 @@ def test_cached_decoding_is_uncached_decoding(device: torch.device) -> None:
     for sample, token in generate_samples(model, prompt, params, 3):
         batched[sample].append(token)
     assert batched == [expected] * 3
+    ready = Ready(model)  # which keeps a decoder, graph and all
+    assert list(generate(ready, prompt[:3], params)) == list(generate_uncached(model, prompt[:3], params))
+    assert list(generate(ready, prompt, params)) == expected
