@@ -75,7 +75,7 @@ def plot(results: Results, file: Path, title: str, own: bool) -> None:
         axes.set_xlabel("tokens in the sequence")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        axes.legend()
+    figure.legend(*memory.get_legend_handles_labels(), loc="outside lower center", ncols=len(results))
     figure.suptitle(title)
     figure.savefig(file, dpi=110)
 
