@@ -66,6 +66,7 @@ class Ready:
             decoder = self._returned.pop()
             if decoder.slots == slots and decoder.max_length >= max_length:
                 return decoder
+            del decoder  # before another one takes its memory
         if not self._on_cpu:  # so that the next text, which may be longer, has room in it, too
             max_length = min(-(-max_length // ROOM) * ROOM, self.config.max_position_embeddings)
         return self.decoder(slots, max_length)

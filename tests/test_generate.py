@@ -449,8 +449,11 @@ def test_guessing_is_left_off_while_it_does_not_pay_and_tried_again():
 class OnGPU(gemlet.ready.Ready):
     """Writes on a CPU as on a GPU, and counts the decoders it makes."""
 
-    _on_cpu = False
     made = 0
+
+    @property
+    def _on_cpu(self):
+        return False
 
     def decoder(self, slots, max_length):
         self.made += 1
@@ -473,8 +476,6 @@ def test_texts_written_at_once_have_decoders_of_their_own():
     assert [a for a, _ in pairs] == list(generate(NO_END, PROMPT, params(seed=1)))
     assert [b for _, b in pairs] == list(generate(NO_END, PROMPT[:2], params(seed=2)))
     assert ready.made == 2
-    given_up = generate(ready, PROMPT, params())
-    next(given_up)
-    given_up.close()
+    next(generate(ready, PROMPT, params()))  # a text that is given up
     assert len(list(generate(ready, PROMPT, params()))) == LONG
     assert ready.made == 2
