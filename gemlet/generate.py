@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from gemlet.decoder import Decoder
 from gemlet.ready import Ready
 from gemlet.sampling import Draws, SamplingParams, checked, draws
 
@@ -56,60 +55,45 @@ def _generate(
 ) -> Iterator[tuple[int, int]]:
     if limit == 0:
         return
-    decoder = ready.lend(len(own), len(prompt) + limit)
-    try:
-        yield from _rounds(ready, decoder, prompt, params, limit, own, ended)
-    finally:
-        ready.take_back(decoder)
-
-
-def _rounds(
-    ready: Ready,
-    decoder: Decoder,
-    prompt: list[int],
-    params: SamplingParams,
-    limit: int,
-    own: list[Draws],
-    ended: Callable[[int], bool],
-) -> Iterator[tuple[int, int]]:
-    running = list(range(len(own)))  # the samples that go on; sample i has slot i
-    texts = [list(prompt) for _ in running]
-    rows = decoder.prefill(0, prompt)[None, None][:, [0] * len(running)]  # [guessed and one, samples, V]
-    for i in running[1:]:
-        decoder.copy(0, i, len(prompt))
-    lookup, guessed = Lookup(decoder.guesses), []
-    while True:
-        for row, guess in zip(rows, [*guessed, None], strict=True):
-            each = [own[i] for i in running], [texts[i] for i in running]
-            tokens = decoder.sample(row, [params] * len(running), *each)
-            if -1 in tokens:
-                raise ready.not_finite(texts[running[tokens.index(-1)]])
-            going = []
-            for i, token in zip(running, tokens, strict=True):
-                if token in ready.config.stop_ids:
-                    continue
-                texts[i].append(token)
-                yield i, token
-                if not ended(i):
-                    going.append(i)
-            running = going
-            if not running or len(texts[running[0]]) == len(prompt) + limit:
-                return
-            if tokens[0] != guess:  # the rows behind a wrong guess are of no use
-                break
-        text = texts[running[0]]
-        if ready.outruns(decoder):
-            decoder = ready.decoder(len(texts), len(prompt) + limit)
-            lookup = Lookup(decoder.guesses)
-            for i in running:
-                decoder.prefill(i, texts[i][:-1])
-        guessed = lookup.guess(text)[: len(prompt) + limit - len(text) - 1] if len(texts) == 1 else []
-        last = len(text) - 1
-        if guessed:
-            taken = range(last, last + 1 + len(guessed))
-            rows = decoder.step([text[-1], *guessed], [running[0]] * len(taken), taken)[:, None]
-        else:
-            rows = decoder.step([texts[i][-1] for i in running], running, [last] * len(running))[None]
+    with ready.lent(len(own), len(prompt) + limit) as decoder:
+        running = list(range(len(own)))  # the samples that go on; sample i has slot i
+        texts = [list(prompt) for _ in running]
+        rows = decoder.prefill(0, prompt)[None, None][:, [0] * len(running)]  # [guessed and one, samples, V]
+        for i in running[1:]:
+            decoder.copy(0, i, len(prompt))
+        lookup, guessed = Lookup(decoder.guesses), []
+        while True:
+            for row, guess in zip(rows, [*guessed, None], strict=True):
+                each = [own[i] for i in running], [texts[i] for i in running]
+                tokens = decoder.sample(row, [params] * len(running), *each)
+                if -1 in tokens:
+                    raise ready.not_finite(texts[running[tokens.index(-1)]])
+                going = []
+                for i, token in zip(running, tokens, strict=True):
+                    if token in ready.config.stop_ids:
+                        continue
+                    texts[i].append(token)
+                    yield i, token
+                    if not ended(i):
+                        going.append(i)
+                running = going
+                if not running or len(texts[running[0]]) == len(prompt) + limit:
+                    return
+                if tokens[0] != guess:  # the rows behind a wrong guess are of no use
+                    break
+            text = texts[running[0]]
+            if ready.outruns(decoder):
+                decoder = ready.decoder(len(texts), len(prompt) + limit)
+                lookup = Lookup(decoder.guesses)
+                for i in running:
+                    decoder.prefill(i, texts[i][:-1])
+            guessed = lookup.guess(text)[: len(prompt) + limit - len(text) - 1] if len(texts) == 1 else []
+            last = len(text) - 1
+            if guessed:
+                taken = range(last, last + 1 + len(guessed))
+                rows = decoder.step([text[-1], *guessed], [running[0]] * len(taken), taken)[:, None]
+            else:
+                rows = decoder.step([texts[i][-1] for i in running], running, [last] * len(running))[None]
 
 
 class Lookup:

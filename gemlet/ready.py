@@ -1,7 +1,7 @@
 """A model made ready to write: which decoder is the fastest one here, and its weights in the format asked for."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gemlet.model import Gemma
 
 ROOM = 256
-"""A GPU's decoder has room for a multiple of so many tokens."""
+"""A decoder that is kept has room for a multiple of so many tokens: the next text may be longer."""
 
 
 class Ready:
@@ -60,20 +60,22 @@ class Ready:
         kind = TorchDecoder if self._on_cpu else BatchDecoder
         return kind(self._rounded, slots, max_length, cache_dtype(self.format))
 
-    def lend(self, slots: int, max_length: int) -> Decoder:
-        """A decoder for a text, to be given back. `take_back` says what that is good for."""
+    @contextmanager
+    def lent(self, slots: int, max_length: int) -> Iterator[Decoder]:
+        """A decoder for a text. On a GPU, where one is made in the time of 60 tokens, it is kept for the next text."""
+        if self._on_cpu:
+            yield self.decoder(slots, max_length)
+            return
+        decoder = None
         with suppress(IndexError):  # popped, not looked at first: two threads never get the same one
             decoder = self._returned.pop()
-            if decoder.slots == slots and decoder.max_length >= max_length:
-                return decoder
-            del decoder  # before another one takes its memory
-        if not self._on_cpu:  # so that the next text, which may be longer, has room in it, too
-            max_length = min(-(-max_length // ROOM) * ROOM, self.config.max_position_embeddings)
-        return self.decoder(slots, max_length)
-
-    def take_back(self, decoder: Decoder) -> None:
-        """Keep it for the next text where that is worth its memory: on a GPU one is made in the time of 60 tokens."""
-        if not self._on_cpu:
+        if decoder is None or decoder.slots != slots or decoder.max_length < max_length:
+            decoder = None  # freed before another one takes its memory
+            room = min(-(-max_length // ROOM) * ROOM, self.config.max_position_embeddings)
+            decoder = self.decoder(slots, room)
+        try:
+            yield decoder
+        finally:
             self._returned[:] = [decoder]
 
     def rounded(self) -> "Gemma":
