@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemlet.kernels import train
+
 IGNORE = -100
 """A target that is not scored."""
 
@@ -96,13 +98,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         buffer = hidden.new_empty(_chunk_tokens(len(hidden), w), len(w))
         at = 0
         for h, t in zip(_chunks(hidden, w), _chunks(targets, w), strict=True):
-            scored = (t != IGNORE)[:, None]
             logits = buffer[: len(h)]
             _multiply(h, w, logits)
-            total += _softmax(logits.device.type)(logits, t, len(weight), IGNORE)
+            total += _softmax(logits.device.type, logits.dtype)(logits, t, len(weight), IGNORE)
             if grad_hidden is not None and grad_weight is not None:
-                torch.mm(logits, w, out=grad_hidden[at : at + len(h)]).mul_(scored)
-                _add_product(grad_weight, logits.T, h * scored, fresh=at == 0)
+                torch.mm(logits, w, out=grad_hidden[at : at + len(h)])
+                _add_product(grad_weight, logits.T, h, fresh=at == 0)
             at += len(h)
         if grad_weight is not None:
             grad_weight.resize_(weight.shape)  # to a view of these rows autograd would add out of place
@@ -126,21 +127,20 @@ def _multiply(h: Tensor, w: Tensor, out: Tensor) -> None:
 
 
 @functools.cache
-def _softmax(device_type: str) -> Callable[[Tensor, Tensor, int, int], Tensor]:
+def _softmax(device_type: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor, int, int], Tensor]:
     """The fastest `_to_gradient` there is."""
     if device_type == "cuda":
         with suppress(ImportError):  # Triton, which comes with torch wherever it is known to work
             from gemlet.kernels.softmax import to_gradient
 
             return to_gradient
-    return _to_gradient
+    return train.softmax_to_gradient if train.available(device_type, dtype) else _to_gradient
 
 
 def _to_gradient(logits: Tensor, targets: Tensor, vocabulary: int, ignore: int) -> Tensor:
     """The sum of -log p(target) over what is scored; logits [n, V] become softmax - one-hot, their gradient.
 
-    Columns beyond the vocabulary become 0. Rows that are not scored have no defined gradient: they are left out of the
-    other factor of the products, which is small.
+    Columns beyond the vocabulary become 0, and so do rows that are not scored.
     """
     logits[:, vocabulary:] = -torch.inf
     scored = (targets != ignore)[:, None]
@@ -155,7 +155,7 @@ def _to_gradient(logits: Tensor, targets: Tensor, vocabulary: int, ignore: int) 
         torch.softmax(p, -1, out=p)
         # log p(target) = target - top + log p(top); p(target) itself may be 0 in float32
         total -= ((target - top + p.amax(-1, keepdim=True).log()) * s).sum()
-        p.scatter_add_(1, t, p.new_full((), -1.0).expand_as(t))
+        p.scatter_add_(1, t, p.new_full((), -1.0).expand_as(t)).mul_(s)
         if p is not part:
             part.copy_(p)
     return total

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from gemlet.attention import attention
 from gemlet.cache import KVCache, LayerCache
 from gemlet.config import FULL, SLIDING, ModelConfig
+from gemlet.geglu import geglu
 from gemlet.linear import linear
 
 Rope = tuple[Tensor, Tensor]
@@ -113,7 +114,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """GeGLU (arXiv 2002.05202): down(gelu(gate(x)) * up(x)), with the tanh form of GELU."""
+    """down(GeGLU(gate(x), up(x)))."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -124,14 +125,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        return self.down_proj(gelu(self.gate_proj(x)) * self.up_proj(x))
-
-
-def gelu(x: Tensor) -> Tensor:
-    """GELU (arXiv 1606.08415) in its tanh form; compiled, as the sigmoid that it is, which costs a CPU half as much."""
-    if not torch.compiler.is_compiling():
-        return F.gelu(x, approximate="tanh")
-    return x * torch.sigmoid((8 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))
+        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):

@@ -16,7 +16,11 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=off -fPIC -shared -pthread -w"
+FLAGS = "-std=c++17 -O3 -march=native -fPIC -shared -w"
+FLAGS_OF = {
+    "decode": "-pthread -ffp-contract=off",  # a row is the same to the last bit however the rows are cut
+    "train": "-fopenmp -ffp-contract=fast",
+}
 SECONDS = 120
 """A compiler that takes longer is taken for one that does not work."""
 
@@ -55,7 +59,7 @@ def _target(name: str) -> Path | None:
     compiler = _compiler()
     if compiler is None:
         return None
-    parts = (_source(name).read_bytes(), compiler[1], FLAGS.encode(), _processor().encode())
+    parts = (_source(name).read_bytes(), compiler[1], _flags(name).encode(), _processor().encode())
     return _folder() / f"{name}-{hashlib.sha256(bytes(1).join(parts)).hexdigest()[:16]}.so"
 
 
@@ -68,7 +72,7 @@ def _compile(name: str) -> bool:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as place:  # several processes may be at it: one move
             made = Path(place) / "made.so"
-            command = [compiler[0], *FLAGS.split(), str(_source(name)), "-o", str(made)]
+            command = [compiler[0], *_flags(name).split(), str(_source(name)), "-o", str(made)]
             subprocess.run(command, capture_output=True, timeout=SECONDS, check=True)
             made.replace(target)
         return True
@@ -85,6 +89,10 @@ def _start(name: str) -> bool:
                 start_new_session=True,
             )  # fmt: skip
     return False
+
+
+def _flags(name: str) -> str:
+    return f"{FLAGS} {FLAGS_OF[name]}"
 
 
 def _source(name: str) -> Path:

@@ -315,7 +315,7 @@ def _read(
     x = _normalised(x, norm, d, D, EPS)
     y = _product(x, w)
     if GATED:
-        y *= tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y)) * _product(x, u)  # see `model.gelu`
+        y *= tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y)) * _product(x, u)  # see gemlet/geglu.py
     kept = (s < S)[:, None] & (row < OUTPUTS)[None, :]
     tl.store(out + s[:, None] * OUTPUTS + row[None, :], y.to(out.dtype.element_ty), mask=kept)
 

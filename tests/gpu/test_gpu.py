@@ -89,7 +89,7 @@ def test_the_softmax_kernel_is_its_reference(device: torch.device, dtype: torch.
     logits = torch.randn(30, 5056, device=device, dtype=dtype) * 3
     targets = torch.randint(0, vocabulary, (30,), device=device)
     targets[::5] = IGNORE
-    _compare_softmax(_softmax(device.type), logits, targets, vocabulary)
+    _compare_softmax(_softmax(device.type, dtype), logits, targets, vocabulary)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel itself is tested here")

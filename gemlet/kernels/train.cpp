@@ -1,0 +1,136 @@
+// What a training step computes between its matrix products on a CPU, where exponentials are what takes the time:
+// GeGLU and the softmax of the loss, forwards and backwards, in float32 from and to what tensors hold.
+//
+// What a place or a row becomes depends on nothing beside it, nor on the number of threads.
+//
+// gemlet/kernels/train.py calls the functions at the end. Nothing is checked here.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+// ---- numbers
+
+template <class To, class From>
+inline To bits(From x) {
+    To result;
+    std::memcpy(&result, &x, sizeof result);
+    return result;
+}
+
+typedef uint16_t Bfloat16;
+
+inline float widened(float x) { return x; }
+inline float widened(Bfloat16 x) { return bits<float>(uint32_t(x) << 16); }
+
+inline void put(float x, float& into) { into = x; }
+inline void put(float x, Bfloat16& into) {  // the nearest, an even one of two
+    const uint32_t b = bits<uint32_t>(x);
+    into = Bfloat16((b + 0x7fff + (b >> 16 & 1)) >> 16);
+}
+
+// The coefficients of the Taylor series of 2^x.
+constexpr float series(int k) {
+    double c = 1;
+    for (int i = 1; i <= k; i++) c *= 0.69314718055994531 / i;
+    return float(c);
+}
+
+// e^x = 2^n 2^r with n = round(x / ln 2), to 2e-7 and 1e-7 |x|. Beyond 64 it stays there: no such number matters to a
+// sum with 1, and what follows from it is never so small that computing with it is slow. A NaN remains one.
+inline float exponential(float x) {
+    x = x < -64 ? -64 : x > 64 ? 64 : x;
+    const float y = x * 1.44269504f, n = y + 12582912.0f - 12582912.0f;  // 1.5 * 2^23 has no room for a fraction
+    const float r = y - n;
+    float p = series(6);
+    for (float c : {series(5), series(4), series(3), series(2), series(1), series(0)}) p = p * r + c;
+    return bits<float>(bits<uint32_t>(p) + (uint32_t(int32_t(n)) << 23));
+}
+
+// ---- GeGLU: x sigmoid(u) with u = 2 sqrt(2 / pi) (x + 0.044715 x^3) is GELU (arXiv 1606.08415) in its tanh form
+
+constexpr float LINEAR = 1.5957691216f, CUBIC = 0.044715f * LINEAR;
+
+inline float sigmoid_of_u(float x) { return 1 / (1 + exponential(x * (-LINEAR - CUBIC * (x * x)))); }
+
+template <class T>
+void geglu(const T* gate, const T* up, T* out, int64_t size, int threads) {
+#pragma omp parallel for simd num_threads(threads)
+    for (int64_t i = 0; i < size; i++) {
+        const float x = widened(gate[i]);
+        put(x * sigmoid_of_u(x) * widened(up[i]), out[i]);
+    }
+}
+
+template <class T>
+void geglu_backward(const T* grad, const T* gate, const T* up, T* grad_gate, T* grad_up, int64_t size, int threads) {
+#pragma omp parallel for simd num_threads(threads)
+    for (int64_t i = 0; i < size; i++) {
+        const float upstream = widened(grad[i]), x = widened(gate[i]), s = sigmoid_of_u(x);
+        put(upstream * x * s, grad_up[i]);
+        // s + x s (1 - s) du/dx
+        put(upstream * widened(up[i]) * s * (1 + (1 - s) * x * (LINEAR + 3 * CUBIC * (x * x))), grad_gate[i]);
+    }
+}
+
+// ---- the softmax of the loss: a row of logits is read once from memory, and its gradient written in its place
+
+template <class T>
+double softmax_to_gradient(
+    T* logits, const int64_t* targets, int64_t rows, int64_t width, int64_t vocabulary, int64_t ignore, int threads) {
+    std::vector<double> losses(rows);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> kept(vocabulary);
+        float* const powers = kept.data();
+#pragma omp for
+        for (int64_t row = 0; row < rows; row++) {
+            T* const x = logits + row * width;
+            const int64_t target = targets[row];
+            std::fill(target == ignore ? x : x + vocabulary, x + width, T(0));
+            if (target == ignore) continue;
+            float top = -INFINITY, total = 0;
+#pragma omp simd reduction(max : top)
+            for (int64_t i = 0; i < vocabulary; i++) top = std::max(top, widened(x[i]));
+#pragma omp simd reduction(+ : total)
+            for (int64_t i = 0; i < vocabulary; i++) total += powers[i] = exponential(widened(x[i]) - top);
+            losses[row] = top - widened(x[target]) + std::log(total);
+            const float scale = 1 / total;
+#pragma omp simd
+            for (int64_t i = 0; i < vocabulary; i++) put(powers[i] * scale, x[i]);
+            put(powers[target] * scale - 1, x[target]);
+        }
+    }
+    double sum = 0;
+    for (double loss : losses) sum += loss;
+    return sum;
+}
+
+}  // namespace
+
+// ---- what Python calls, once for each type of number
+
+#define FOR(T, name)                                                                                                   \
+    void geglu_##name(const T* gate, const T* up, T* out, int64_t size, int threads) {                                 \
+        geglu(gate, up, out, size, threads);                                                                           \
+    }                                                                                                                  \
+    void geglu_backward_##name(                                                                                        \
+        const T* grad, const T* gate, const T* up, T* grad_gate, T* grad_up, int64_t size, int threads) {              \
+        geglu_backward(grad, gate, up, grad_gate, grad_up, size, threads);                                             \
+    }                                                                                                                  \
+    /* The sum of -log p(target) in nats over the rows whose target is not `ignore`; the first `vocabulary` columns */ \
+    /* of logits [rows, width] become softmax - one-hot, the others and the rows that are not scored 0. */             \
+    double softmax_to_gradient_##name(                                                                                 \
+        T* logits, const int64_t* targets, int64_t rows, int64_t width, int64_t vocabulary, int64_t ignore,            \
+        int threads) {                                                                                                 \
+        return softmax_to_gradient(logits, targets, rows, width, vocabulary, ignore, threads);                         \
+    }
+
+extern "C" {
+FOR(float, float32)
+FOR(Bfloat16, bfloat16)
+}
