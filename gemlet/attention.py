@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from gemlet.kernels import train
+
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float, starts: Tensor | None = None
@@ -176,20 +178,33 @@ def _blocks(q: Tensor, k: Tensor, first: Tensor, scale: float, block: int) -> It
     """Blocks of queries: which ones, the keys that any of them sees, and the softmax, [B * K, N/K * block, keys]."""
     B, N, T, H = q.shape
     K, S = k.shape[1:3]
-    lows, highs = first.amin(0).tolist(), first.amax(0).tolist()
+    lows, highs = (first[0] if len(first) == 1 else extreme(0) for extreme in (first.amin, first.amax))
+    lows, highs = lows.tolist(), highs.tolist()
     for start in range(0, T, block):
         end = min(start + block, T)
         low, high, last = lows[start], highs[end - 1], S - T + end
         queries, keys = q[:, :, start:end].reshape(B * K, -1, H), k[:, :, low:last].flatten(0, 1)
         scores = _product(queries, keys.mT, scale)
-        each = scores.view(B, N, end - start, -1)
-        # only the edges need a mask: the newest keys, and those before the last query's first one
-        each[..., start - end :].masked_fill_(~visible(end - start, end - start, None, q.device), -torch.inf)
-        if high > low:
-            j = torch.arange(low, high, device=q.device)
-            each[..., : high - low].masked_fill_((j < first[:, start:end, None])[:, None], -torch.inf)
-        torch.softmax(scores, -1, out=scores)  # in float32 inside, whatever the dtype
+        _softmax(scores.view(B, N, end - start, -1), first[:, start:end] - low, highs[end - 1] - low)
         yield slice(start, end), slice(low, last), scores
+
+
+def _softmax(scores: Tensor, first: Tensor, late: int) -> None:
+    """Scores [B, N, queries, keys] become their softmax, in float32 inside, over the keys that a query sees.
+
+    The last query sees them up to the last one, each before it one less; none sees a key before `first` ([1 or B,
+    queries]), which is at most `late`.
+    """
+    queries, keys = scores.shape[2:]
+    if train.available(scores.device.type, scores.dtype):
+        train.softmax_between(scores, first, keys - queries + 1)
+        return
+    # only the edges need a mask: the newest keys, and those before the last query's first one
+    scores[..., -queries:].masked_fill_(~visible(queries, queries, None, scores.device), -torch.inf)
+    if late > 0:
+        j = torch.arange(late, device=scores.device)
+        scores[..., :late].masked_fill_((j < first[..., None])[:, None], -torch.inf)
+    torch.softmax(scores, -1, out=scores)
 
 
 def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:

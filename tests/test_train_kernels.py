@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gemlet import attention
 from gemlet import geglu as activation
 from gemlet.geglu import geglu
 from gemlet.kernels import train
@@ -102,6 +103,20 @@ def test_the_softmax_of_the_loss_is_its_reference(dtype, rows, vocabulary, more)
 
 
 @compiler
+@each_dtype
+@pytest.mark.parametrize("rows", [1, 3], ids="{} rows of first keys".format)
+def test_the_softmax_of_attention_is_its_reference(monkeypatch, dtype, rows):
+    """Queries that see all keys up to their own, and some that do not see the first ones."""
+    scores = (3 * torch.randn(3, 2, 20, 57)).to(dtype)
+    first = torch.arange(20).clamp(min=4).expand(rows, 20) - 10 + torch.arange(rows)[:, None]
+    found, expected = scores.clone(), scores.clone()
+    attention._softmax(found, first, 11)
+    monkeypatch.setattr(train, "library", lambda name: None)
+    attention._softmax(expected, first, 11)
+    assert off(found, expected) < BOUND[dtype] and torch.equal(found == 0, expected == 0)
+
+
+@compiler
 def test_a_probability_of_zero_has_a_loss_and_a_gradient():
     logits = torch.tensor([[0.0, -1000.0, -torch.inf], [5.0, 5.0, 5.0]])
     loss = train.softmax_to_gradient(logits, torch.tensor([1, 2]), 3, IGNORE)
@@ -131,7 +146,9 @@ def test_the_number_of_threads_changes_no_bit(threads, dtype):
         threads(number)
         found = [x for size in (1, 31, 77, 1001) for x in activated(geglu, size, dtype)]
         logits, targets = scored(11, 333, dtype)
-        results.append([*found, train.softmax_to_gradient(logits, targets, 333, IGNORE), logits])
+        scores = torch.linspace(-3, 3, 2 * 3 * 5 * 47).view(2, 3, 5, 47).to(dtype)
+        train.softmax_between(scores, torch.arange(-2, 3)[None], 43)
+        results.append([*found, scores, train.softmax_to_gradient(logits, targets, 333, IGNORE), logits])
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 

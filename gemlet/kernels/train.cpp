@@ -1,5 +1,6 @@
 // What a training step computes between its matrix products on a CPU, where exponentials are what takes the time:
-// GeGLU and the softmax of the loss, forwards and backwards, in float32 from and to what tensors hold.
+// GeGLU and its way back, the softmax of attention, that of the loss with its gradient, all in float32 from and to what
+// tensors hold.
 //
 // What a place or a row becomes depends on nothing beside it, nor on the number of threads.
 //
@@ -77,7 +78,25 @@ void geglu_backward(const T* grad, const T* gate, const T* up, T* grad_gate, T* 
     }
 }
 
-// ---- the softmax of the loss: a row of logits is read once from memory, and its gradient written in its place
+// ---- softmax: a row is read once from memory, and the result written in its place
+
+// e^(x - top) of n numbers, of which `top` is the largest, to `powers`; their sum.
+template <class T>
+float exponentials(const T* x, int64_t n, float& top, float* powers) {
+    float largest = -INFINITY, total = 0;
+#pragma omp simd reduction(max : largest)
+    for (int64_t i = 0; i < n; i++) largest = std::max(largest, widened(x[i]));
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < n; i++) total += powers[i] = exponential(widened(x[i]) - largest);
+    top = largest;
+    return total;
+}
+
+template <class T>
+void put_scaled(const float* powers, float scale, T* x, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) put(powers[i] * scale, x[i]);
+}
 
 template <class T>
 double softmax_to_gradient(
@@ -85,29 +104,44 @@ double softmax_to_gradient(
     std::vector<double> losses(rows);
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> kept(vocabulary);
-        float* const powers = kept.data();
+        std::vector<float> powers(vocabulary);
 #pragma omp for
         for (int64_t row = 0; row < rows; row++) {
             T* const x = logits + row * width;
             const int64_t target = targets[row];
             std::fill(target == ignore ? x : x + vocabulary, x + width, T(0));
             if (target == ignore) continue;
-            float top = -INFINITY, total = 0;
-#pragma omp simd reduction(max : top)
-            for (int64_t i = 0; i < vocabulary; i++) top = std::max(top, widened(x[i]));
-#pragma omp simd reduction(+ : total)
-            for (int64_t i = 0; i < vocabulary; i++) total += powers[i] = exponential(widened(x[i]) - top);
+            float top;
+            const float total = exponentials(x, vocabulary, top, powers.data()), scale = 1 / total;
             losses[row] = top - widened(x[target]) + std::log(total);
-            const float scale = 1 / total;
-#pragma omp simd
-            for (int64_t i = 0; i < vocabulary; i++) put(powers[i] * scale, x[i]);
+            put_scaled(powers.data(), scale, x, vocabulary);
             put(powers[target] * scale - 1, x[target]);
         }
     }
     double sum = 0;
     for (double loss : losses) sum += loss;
     return sum;
+}
+
+template <class T>
+void softmax_between(
+    T* scores, const int64_t* first, int64_t stride, int64_t rows, int64_t heads, int64_t queries, int64_t keys,
+    int64_t seen, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> powers(keys);
+#pragma omp for
+        for (int64_t i = 0; i < rows * heads * queries; i++) {
+            const int64_t query = i % queries, row = i / (heads * queries);
+            const int64_t begin = std::max<int64_t>(0, first[row * stride + query]), end = seen + query;
+            T* const x = scores + i * keys;
+            float top;
+            const float total = exponentials(x + begin, end - begin, top, powers.data());
+            std::fill(x, x + begin, T(0));
+            put_scaled(powers.data(), 1 / total, x + begin, end - begin);
+            std::fill(x + end, x + keys, T(0));
+        }
+    }
 }
 
 }  // namespace
@@ -128,6 +162,14 @@ double softmax_to_gradient(
         T* logits, const int64_t* targets, int64_t rows, int64_t width, int64_t vocabulary, int64_t ignore,            \
         int threads) {                                                                                                 \
         return softmax_to_gradient(logits, targets, rows, width, vocabulary, ignore, threads);                         \
+    }                                                                                                                  \
+    /* Scores [rows, heads, queries, keys] become their softmax over the keys that a query sees, and 0 elsewhere: */   \
+    /* the first query of a row the `seen` first ones, each next query one more, and none before first[query], */      \
+    /* which is found at `stride` times the row. */                                                                    \
+    void softmax_between_##name(                                                                                       \
+        T* scores, const int64_t* first, int64_t stride, int64_t rows, int64_t heads, int64_t queries, int64_t keys,   \
+        int64_t seen, int threads) {                                                                                   \
+        softmax_between(scores, first, stride, rows, heads, queries, keys, seen, threads);                             \
     }
 
 extern "C" {

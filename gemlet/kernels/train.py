@@ -53,6 +53,18 @@ def softmax_to_gradient(logits: Tensor, targets: Tensor, vocabulary: int, ignore
     return torch.tensor(function(*places, *logits.shape, vocabulary, ignore, _threads()), dtype=torch.float32)
 
 
+def softmax_between(scores: Tensor, first: Tensor, seen: int) -> None:
+    """Scores [B, N, queries, keys] become their softmax over the keys that a query sees, and 0 elsewhere.
+
+    The first query sees the `seen` first keys, each next one more; none sees a key before `first` ([1 or B, queries]).
+    For use inside of an operation: alone, torch would not know that the scores have changed.
+    """
+    assert scores.is_contiguous() and first.stride(-1) == 1 and first.dtype == torch.int64
+    function = _function("softmax_between", scores.dtype, 2 * [POINTER] + 6 * [SIZE])
+    stride = first.stride(0) if len(first) > 1 else 0
+    function(*_places(scores, first), stride, *scores.shape, seen, _threads())
+
+
 @geglu.register_fake
 def _(gate: Tensor, up: Tensor) -> Tensor:
     return torch.empty_like(gate, memory_format=torch.contiguous_format)
