@@ -182,10 +182,10 @@ def _blocks(q: Tensor, k: Tensor, first: Tensor, scale: float, block: int) -> It
     lows, highs = lows.tolist(), highs.tolist()
     for start in range(0, T, block):
         end = min(start + block, T)
-        low, high, last = lows[start], highs[end - 1], S - T + end
+        low, late, last = lows[start], highs[end - 1] - lows[start], S - T + end
         queries, keys = q[:, :, start:end].reshape(B * K, -1, H), k[:, :, low:last].flatten(0, 1)
         scores = _product(queries, keys.mT, scale)
-        _softmax(scores.view(B, N, end - start, -1), first[:, start:end] - low, highs[end - 1] - low)
+        _softmax(scores.view(B, N, end - start, -1), first[:, start:end] - low, late)
         yield slice(start, end), slice(low, last), scores
 
 
