@@ -5,6 +5,8 @@ bfloat16 where the machine multiplies it (autocast for the peers, as they are us
 once and warmed up in a process of its own, whose memory is set up as its users have it; then they take turns, so that a
 slow minute of the machine falls on all of them. The first step of a turn is not timed: memory and caches are another's
 then, whose threads may still be waiting for work. Those that follow are, for half a second, and one in any case.
+The machine takes its turn, too, with nothing but square matrix products: a step that does what it must compute at their
+rate would be at the floor, and a contender's part of it is the median of the rounds.
 On a machine that others use all the time `--own-time` helps: one thread, and what the processor did for it alone.
 """
 
@@ -27,7 +29,7 @@ from gemlet.data import document_starts
 from gemlet.device import DTYPES, pick_precision
 from gemlet.host import reuse_memory
 from gemlet.loss import linear_cross_entropy
-from gemlet.metrics import flops_per_token, peak_flops
+from gemlet.metrics import flops_per_token
 from gemlet.model import Gemma, init_weights
 from gemlet.optim import clip, make_optimizers
 
@@ -122,6 +124,20 @@ def litgpt(config: ModelConfig, dtype: torch.dtype, compiled: bool) -> Step:
     return peer(model, lambda x: forward(x), dtype)
 
 
+def machine(dtype: torch.dtype) -> Step:
+    """Not a step but a product of two matrices."""
+    matrix = torch.rand(SIZE, SIZE).to(dtype)
+    product = torch.empty_like(matrix)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        torch.mm(matrix, matrix, out=product)
+
+    return step
+
+
+MACHINE, SIZE = "the machine", 2048
+"""How it is called among the contenders, and the size of its matrices."""
+
 CONTENDERS: dict[str, Callable[[ModelConfig, torch.dtype], Step]] = {
     "gemlet": lambda c, d: gemlet(c, d, False),
     "gemlet, compiled": lambda c, d: gemlet(c, d, True),
@@ -139,7 +155,8 @@ def turns(name: str, config: ModelConfig, precision: str, shape: tuple[int, int]
     """A process of one contender: when told True it takes its turn, and answers with the seconds of a step."""
     now = clock(own)
     torch.manual_seed(0)
-    step = CONTENDERS[name](config, DTYPES[precision])
+    dtype = DTYPES[precision]
+    step = machine(dtype) if name == MACHINE else CONTENDERS[name](config, dtype)
     ids = torch.randint(0, config.vocab_size, (shape[0], shape[1] + 1), generator=torch.Generator().manual_seed(0))
     ids[:, ::200] = 0  # where a document begins, for the contender that minds
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -177,9 +194,8 @@ def main() -> None:
         config = config.replace(num_hidden_layers=options.layers, layer_types=None)
     precision = pick_precision("auto", CPU)
     shape = (options.batch_size, options.length)
-    peak = peak_flops(CPU, precision) or float("nan")
     context, contenders = get_context("spawn"), {}
-    for name in options.only:
+    for name in (MACHINE, *options.only):
         began = time.perf_counter()
         contenders[name], theirs = context.Pipe()
         arguments = (name, config, precision, shape, options.own_time, theirs)
@@ -193,18 +209,19 @@ def main() -> None:
             seconds[name].append(take_turn(name, turn))
     for turn in contenders.values():
         turn.send(False)
+    flops = [2 * SIZE**3 / s for s in seconds.pop(MACHINE)]
+    floors = [each / flops_per_token(config, options.length) for each in flops]
     rates = {name: [shape[0] * shape[1] / s for s in values] for name, values in seconds.items()}
-    floor = peak / flops_per_token(config, options.length)
     if options.json:
-        print(json.dumps({"precision": precision, "peak_flops": peak, "floor": floor, "tokens_per_second": rates}))
+        print(json.dumps({"precision": precision, "flops": flops, "floors": floors, "tokens_per_second": rates}))
         return
     print(f"{options.preset}, {config.num_hidden_layers} layers, {shape[0]} x {shape[1]} tokens, {precision}")
-    print(f"{'':<32}{'tokens/s':>10}{'range':>16}{'of the floor':>14}")
+    print(f"{'':<32}{'tokens/s':>10}{'range':>18}{'of the floor':>14}")
+    rates[f"floor at {statistics.median(flops) / 1e9:.0f} GFLOP/s"] = floors
     for name, values in rates.items():
-        median = statistics.median(values)
         spread = f"{min(values):.0f} to {max(values):.0f}"
-        print(f"{name:<32}{median:>10.0f}{spread:>16}{median / floor:>14.2f}")
-    print(f"{f'floor at {peak / 1e9:.0f} GFLOP/s':<32}{floor:>10.0f}")
+        part = statistics.median(rate / floor for rate, floor in zip(values, floors, strict=True))
+        print(f"{name:<32}{statistics.median(values):>10.0f}{spread:>18}{part:>14.2f}")
 
 
 if __name__ == "__main__":
