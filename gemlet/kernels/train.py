@@ -25,6 +25,7 @@ def available(device_type: str, dtype: torch.dtype) -> bool:
 @torch.library.custom_op("gemlet::geglu", mutates_args=())
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """`gelu(gate) * up`, [...] each, with the tanh form of GELU."""
+    assert gate.dtype == up.dtype and gate.shape == up.shape, "what is multiplied is alike"
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     _function("geglu", gate.dtype, 3 * [POINTER] + [SIZE])(*_places(gate, up, out), gate.numel(), _threads())
@@ -34,6 +35,7 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
 @torch.library.custom_op("gemlet::geglu_backward", mutates_args=())
 def geglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up, from that of the result."""
+    assert grad.dtype == gate.dtype == up.dtype and grad.shape == gate.shape == up.shape, "what is multiplied is alike"
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     gradients = torch.empty_like(gate), torch.empty_like(up)
     places = _places(grad, gate, up, *gradients)
@@ -47,9 +49,10 @@ def softmax_to_gradient(logits: Tensor, targets: Tensor, vocabulary: int, ignore
     scored = targets[targets != ignore]
     if len(scored) and not 0 <= scored.min() <= scored.max() < vocabulary:
         raise IndexError(f"targets from {scored.min()} to {scored.max()} for a vocabulary of {vocabulary}")
-    assert logits.is_contiguous() and targets.dtype == torch.int64, "logits row by row, targets of 64 bits"
+    assert logits.is_contiguous() and targets.dtype == torch.int64 and len(targets) == len(logits)
+    targets = targets.contiguous()
     function = _function("softmax_to_gradient", logits.dtype, 2 * [POINTER] + 4 * [SIZE], ctypes.c_double)
-    places = _places(logits, targets.contiguous())
+    places = _places(logits, targets)
     return torch.tensor(function(*places, *logits.shape, vocabulary, ignore, _threads()), dtype=torch.float32)
 
 
