@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.train import CPU, Clock, Step, clock, gemlet, litgpt, transformers
+from benchmarks.train import CPU, Clock, Step, clock, gemlet, known, litgpt, transformers
 from gemlet.config import ModelConfig, preset
 from gemlet.device import DTYPES, pick_precision
 
@@ -82,7 +82,7 @@ def plot(results: Results, file: Path, title: str, own: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="gemma3-270m-gpt2")
+    parser.add_argument("--preset", type=known, default="gemma3-270m-gpt2")
     parser.add_argument("--layers", type=int, default=18)
     parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS, help="none: only draw the plot")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))

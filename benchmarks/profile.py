@@ -10,7 +10,7 @@ from collections import Counter
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.train import CONTENDERS, CPU
+from benchmarks.train import CONTENDERS, CPU, known
 from gemlet.config import preset
 from gemlet.device import DTYPES, pick_precision
 from gemlet.host import reuse_memory
@@ -18,9 +18,9 @@ from gemlet.host import reuse_memory
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm"),
     "attention": ("aten::bmm", "flash_attention"),
-    "softmax of the loss": ("log_softmax", "aten::exp_", "aten::gather", "aten::scatter_add_"),
+    "softmax of the loss": ("softmax_to_gradient", "log_softmax", "aten::exp_", "aten::gather", "aten::scatter_add_"),
     "update": ("aten::_fused_adam", "Optimizer.step", "aten::_foreach", "aten::linalg_vector_norm", "aten::lerp_"),
-    "compiled kernels": ("CompiledFxGraph", "Torch-Compiled Region", "CompiledFunction"),
+    "compiled kernels": ("CompiledFxGraph", "Torch-Compiled Region", "CompiledFunction", "gemlet::geglu"),
 }
 """A kind, and parts of the names of its kernels; the first that fits counts."""
 
@@ -46,7 +46,7 @@ def shares(name: str, preset_name: str, batch_size: int, length: int) -> tuple[f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="gemma3-270m-gpt2")
+    parser.add_argument("--preset", type=known, default="gemma3-270m-gpt2")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--only", nargs="+", default=["gemlet", "gemlet, compiled"], choices=list(CONTENDERS))

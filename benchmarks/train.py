@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from gemlet.config import ModelConfig, TrainConfig, preset
 from gemlet.data import document_starts
 from gemlet.device import DTYPES, pick_precision
+from gemlet.errors import GemletError
 from gemlet.host import reuse_memory
 from gemlet.loss import linear_cross_entropy
 from gemlet.metrics import flops_per_token
@@ -124,6 +125,15 @@ def litgpt(config: ModelConfig, dtype: torch.dtype, compiled: bool) -> Step:
     return peer(model, lambda x: forward(x), dtype)
 
 
+def known(name: str) -> str:
+    """A preset's name or file as a flag; one that is none ends the program with a line and exit code 2."""
+    try:
+        preset(name)
+    except GemletError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name
+
+
 def machine(dtype: torch.dtype) -> Step:
     """Not a step but a product of two matrices."""
     matrix = torch.rand(SIZE, SIZE).to(dtype)
@@ -180,7 +190,7 @@ def take_turn(name: str, turn: Connection) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", default="gemma3-270m-gpt2")
+    parser.add_argument("--preset", type=known, default="gemma3-270m-gpt2")
     parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)

@@ -178,8 +178,7 @@ def _blocks(q: Tensor, k: Tensor, first: Tensor, scale: float, block: int) -> It
     """Blocks of queries: which ones, the keys that any of them sees, and the softmax, [B * K, N/K * block, keys]."""
     B, N, T, H = q.shape
     K, S = k.shape[1:3]
-    lows, highs = (first[0] if len(first) == 1 else extreme(0) for extreme in (first.amin, first.amax))
-    lows, highs = lows.tolist(), highs.tolist()
+    lows, highs = (extremes.tolist() for extremes in first.aminmax(dim=0))
     for start in range(0, T, block):
         end = min(start + block, T)
         low, late, last = lows[start], highs[end - 1] - lows[start], S - T + end
