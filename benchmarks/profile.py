@@ -17,7 +17,7 @@ from gemlet.host import reuse_memory
 
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm"),
-    "attention": ("aten::bmm", "flash_attention"),
+    "attention": ("aten::bmm", "flash_attention", "gemlet::attention"),
     "softmax of the loss": ("softmax_to_gradient", "log_softmax", "aten::exp_", "aten::gather", "aten::scatter_add_"),
     "update": ("aten::_fused_adam", "Optimizer.step", "aten::_foreach", "aten::linalg_vector_norm", "aten::lerp_"),
     "compiled kernels": ("CompiledFxGraph", "Torch-Compiled Region", "CompiledFunction", "gemlet::geglu"),

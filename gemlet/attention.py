@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from gemlet.kernels import attention as fused
 from gemlet.kernels import train
 
 
@@ -35,6 +36,8 @@ def attention(
     if T == 1 and starts is None:  # one query sees all that the window leaves: no mask
         last = S if window is None else window
         return _sdpa(q, k[:, :, -last:], v[:, :, -last:], scale=scale)
+    if fused.available(q.device.type, q.dtype, q.shape[3]):
+        return fused.attention(q, k, v, _first(T, S, window, q.device, starts), scale)[0]
     if _on_cpu(q):
         way = blocked if T * S <= UNROLLED else recomputed
         return way(q, k, v, window=window, scale=scale, starts=starts)
@@ -57,6 +60,13 @@ def visible(
     j = torch.arange(S, dtype=torch.int32, device=device)[None, :]
     seen = (j <= i) if window is None else (j <= i) & (j > i - window)
     return seen if starts is None else seen & (j >= starts[:, None, :, None])
+
+
+def _first(T: int, S: int, window: int | None, device: torch.device, starts: Tensor | None) -> Tensor:
+    """The first key that each query sees, [1 or B, T]."""
+    i = torch.arange(S - T, S, device=device)
+    first = (torch.zeros_like(i) if window is None else (i - window + 1).clamp(min=0))[None]
+    return first if starts is None else first.maximum(starts)
 
 
 def reference(
@@ -137,11 +147,7 @@ def recomputed(
     A seventh matrix product beside six; on a CPU as fast as they are (benchmarks/RESULTS.md). For torch.compile it
     is one opaque operation, so that a long sequence makes no long program.
     """
-    T, S = q.shape[2], k.shape[2]
-    i = torch.arange(S - T, S, device=q.device)
-    first = (torch.zeros_like(i) if window is None else (i - window + 1).clamp(min=0))[None]
-    first = first if starts is None else first.maximum(starts)
-    return _recomputed(q, k, v, first, scale, block)
+    return _recomputed(q, k, v, _first(q.shape[2], k.shape[2], window, q.device, starts), scale, block)
 
 
 @torch.library.custom_op("gemlet::recomputed_attention", mutates_args=())

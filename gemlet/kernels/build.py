@@ -18,6 +18,7 @@ from pathlib import Path
 
 FLAGS = "-std=c++17 -O3 -march=native -fPIC -shared -w"
 FLAGS_OF = {
+    "attention": "-fopenmp -ffp-contract=fast",
     "decode": "-pthread -ffp-contract=off",  # a row is the same to the last bit however the rows are cut
     "train": "-fopenmp -ffp-contract=fast -fno-trapping-math",  # GCC makes no vectors of what might trap, for AVX2
 }
