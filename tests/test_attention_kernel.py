@@ -146,9 +146,10 @@ def test_what_is_not_seen_has_no_gradient():
 
 def test_far_scores_and_no_numbers():
     """A key that wins by far has all the weight, and a query that is no number shows in its own result alone."""
-    q, k, v, _ = inputs(50, 50, (1, 1), 32, B=1)
-    k[0, 0, 3] = 200 * q[0, 0, 40]
-    torch.testing.assert_close(attention(q, k, v, window=None, scale=1.0)[0, 0, 40], v[0, 0, 3])
+    q, k, v, _ = inputs(600, 600, (1, 1), 32, B=1)
+    for key, query in ((3, 40), (500, 550)):  # among the first keys that are held, among the last ones
+        k[0, 0, key] = 200 * q[0, 0, query]
+        torch.testing.assert_close(attention(q, k, v, window=None, scale=1.0)[0, 0, query], v[0, 0, key])
     q[0, 0, 20] = torch.nan
     out = attention(q, k, v, window=None, scale=1.0)
     assert out.isnan().any(-1).flatten().nonzero().flatten().tolist() == [20]
