@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemlet.kernels import loss as fused
 from gemlet.kernels import train
 
 IGNORE = -100
 """A target that is not scored."""
 
-CHUNK_BYTES = 2**26
+CHUNK_BYTES = 2**27
 """Of logits alive at a time, on a CPU."""
 
 CHUNK_BYTES_GPU = 2**29
@@ -89,21 +90,17 @@ def _piece_rows(x: Tensor) -> int:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        w = _aligned(weight.to(hidden.dtype))
+        hidden, w = hidden.contiguous(), _aligned(weight.to(hidden.dtype))
         total = hidden.new_zeros((), dtype=torch.float32)
         needed = hidden.requires_grad or weight.requires_grad
         grad_hidden = torch.empty_like(hidden) if needed else None
         grad_weight = torch.empty_like(w, dtype=torch.float32) if needed else None
         # One buffer for all chunks, since memory of this size is dear to get: logits, and then their gradient
-        buffer = hidden.new_empty(_chunk_tokens(len(hidden), w), len(w))
+        buffer = fused.buffer_for(_chunk_tokens(len(hidden), w), w)
         at = 0
         for h, t in zip(_chunks(hidden, w), _chunks(targets, w), strict=True):
-            logits = buffer[: len(h)]
-            _multiply(h, w, logits)
-            total += _softmax(logits.device.type, logits.dtype)(logits, t, len(weight), IGNORE)
-            if grad_hidden is not None and grad_weight is not None:
-                torch.mm(logits, w, out=grad_hidden[at : at + len(h)])
-                _add_product(grad_weight, logits.T, h, fresh=at == 0)
+            part = None if grad_hidden is None else grad_hidden[at : at + len(h)]
+            total += _chunk(h, w, t, len(weight), buffer, part, grad_weight, fresh=at == 0)
             at += len(h)
         if grad_weight is not None:
             grad_weight.resize_(weight.shape)  # to a view of these rows autograd would add out of place
@@ -117,6 +114,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (scale,) = grad_outputs
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden.mul_(scale), grad_weight.mul_(scale).to(ctx.weight_dtype), None
+
+
+def _chunk(
+    h: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    vocabulary: int,
+    buffer: Tensor,
+    grad_h: Tensor | None,
+    grad_w: Tensor | None,
+    fresh: bool,
+) -> Tensor:
+    """The loss of a chunk. Its gradients, where they are asked for: set, that of w unless it is fresh added."""
+    if fused.available(h.device.type, h.dtype, h.shape[1]):
+        return fused.cross_entropy(h, w, targets, IGNORE, buffer, grad_h, grad_w, fresh)
+    logits = buffer[: len(h)]
+    _multiply(h, w, logits)
+    total = _softmax(logits.device.type, logits.dtype)(logits, targets, vocabulary, IGNORE)
+    if grad_h is not None and grad_w is not None:
+        torch.mm(logits, w, out=grad_h)
+        _add_product(grad_w, logits.T, h, fresh)
+    return total
 
 
 def _multiply(h: Tensor, w: Tensor, out: Tensor) -> None:

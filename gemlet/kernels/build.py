@@ -20,6 +20,7 @@ FLAGS = "-std=c++17 -O3 -march=native -fPIC -shared -w"
 FLAGS_OF = {
     "attention": "-fopenmp -ffp-contract=fast",
     "decode": "-pthread -ffp-contract=off",  # a row is the same to the last bit however the rows are cut
+    "loss": "-fopenmp -ffp-contract=fast",
     "train": "-fopenmp -ffp-contract=fast -fno-trapping-math",  # GCC makes no vectors of what might trap, for AVX2
 }
 SECONDS = 120
@@ -60,7 +61,8 @@ def _target(name: str) -> Path | None:
     compiler = _compiler()
     if compiler is None:
         return None
-    parts = (_source(name).read_bytes(), compiler[1], _flags(name).encode(), _processor().encode())
+    shared = (header.read_bytes() for header in sorted(Path(__file__).parent.glob("*.h")))
+    parts = (_source(name).read_bytes(), *shared, compiler[1], _flags(name).encode(), _processor().encode())
     return _folder() / f"{name}-{hashlib.sha256(bytes(1).join(parts)).hexdigest()[:16]}.so"
 
 
