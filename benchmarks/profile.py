@@ -22,8 +22,8 @@ KINDS = {
     "update": ("aten::_fused_adam", "Optimizer.step", "aten::_foreach", "aten::linalg_vector_norm", "aten::lerp_"),
     "compiled kernels": ("CompiledFxGraph", "Torch-Compiled Region", "CompiledFunction", "gemlet::geglu"),
 }
-"""A kind, and parts of the names of its kernels; the first that fits counts. Where head and loss are one kernel, a tenth
-of it is softmax, which cannot be told from its products."""
+"""A kind, and parts of the names of its kernels; the first that fits counts. Where head and loss are one kernel, a
+tenth of it is softmax, which cannot be told from its products."""
 
 
 def shares(name: str, preset_name: str, batch_size: int, length: int) -> tuple[float, Counter[str]]:
