@@ -32,6 +32,9 @@ as many, and so on, whatever the vocabulary."""
 CHUNK_TOKENS = 256
 """A chunk may have so many tokens in any case: the head is read, and its gradient read and written, for each chunk."""
 
+MOST_TOKENS = 1024
+"""On a CPU a chunk has no more tokens, since with a small vocabulary more only leave the cache."""
+
 PIECE = 2**20
 """Elements that a CPU takes at a time between two products, so that they stay in its cache."""
 
@@ -67,8 +70,9 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def _chunk_tokens(tokens: int, weight: Tensor) -> int:
     """Tokens in a chunk, the same in each."""
-    of_logits = CHUNK_BYTES if weight.device.type == "cpu" else CHUNK_BYTES_GPU
-    most = max(CHUNK_TOKENS, of_logits // (len(weight) * weight.element_size()))
+    on_cpu = weight.device.type == "cpu"
+    of_logits = (CHUNK_BYTES if on_cpu else CHUNK_BYTES_GPU) // (len(weight) * weight.element_size())
+    most = max(CHUNK_TOKENS, min(MOST_TOKENS, of_logits) if on_cpu else of_logits)
     chunks = max(1, math.ceil(tokens / most))
     return max(1, math.ceil(tokens / chunks))
 
