@@ -27,7 +27,7 @@ from gemlet.optim import make_optimizers
 from gemlet.train import TrainState, train_step
 
 HEAP_BYTES = 60 * 2**20
-HEAP_SHARE, HEAP_SHARE_ACCUMULATING = 0.75, 1.0
+HEAP_SHARE, HEAP_SHARE_ACCUMULATING = 0.85, 1.0
 """What glibc's heap takes beyond the tensors: a constant, and a part of all that comes and goes within a step, more
 where gradients that stay lie between it. Between what three machines take, the one with AMX the most
 (benchmarks/RESULTS.md)."""
