@@ -28,8 +28,8 @@ from gemlet.train import TrainState, train_step
 
 HEAP_BYTES = 60 * 2**20
 HEAP_SHARE, HEAP_SHARE_ACCUMULATING = 0.85, 1.0
-"""What glibc's heap takes beyond the tensors: a constant, and a part of all that comes and goes within a step, more
-where gradients that stay lie between it. Between what three machines take, the one with AMX the most
+"""What glibc's heap takes beyond the tensors: a constant, and a part of the activations, which come and go within a step,
+more where gradients that stay lie between them. Between what three machines take, the one with AMX the most
 (benchmarks/RESULTS.md)."""
 
 
@@ -86,7 +86,7 @@ def step_memory(
     if device.type == "cpu":
         accumulates = config.train.micro_batch < config.train.batch_size
         share = HEAP_SHARE_ACCUMULATING if accumulates else HEAP_SHARE
-        heap = int(HEAP_BYTES + share * (most["logits"] + most["activations"]))
+        heap = int(HEAP_BYTES + share * most["activations"])
     return Memory(**{what: most[what] for what in _HELD}, heap=heap, process=process)
 
 
