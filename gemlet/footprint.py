@@ -28,8 +28,8 @@ from gemlet.train import TrainState, train_step
 
 HEAP_BYTES = 60 * 2**20
 HEAP_SHARE, HEAP_SHARE_ACCUMULATING = 0.85, 1.0
-"""What glibc's heap takes beyond the tensors: a constant, and a part of the activations, which come and go within a step,
-more where gradients that stay lie between them. Between what three machines take, the one with AMX the most
+"""What glibc's heap takes beyond the tensors: a constant, and a part of the activations, which come and go within a
+step, more where gradients that stay lie between them. Between what three machines take, the one with AMX the most
 (benchmarks/RESULTS.md)."""
 
 
