@@ -25,6 +25,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from gemlet.kernels import attention as fused
 from gemlet.kernels import train
+from gemlet.kernels.attention import like_heads
 
 
 def attention(
@@ -153,7 +154,7 @@ def recomputed(
 @torch.library.custom_op("gemlet::recomputed_attention", mutates_args=())
 def _recomputed(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float, block: int) -> Tensor:
     """Attention in which a query sees the keys from `first` ([1 or B, T], never falling) up to its own position."""
-    out = _like_heads(q)
+    out = like_heads(q)
     for rows, keys, weights in _blocks(q, k, first, scale, block):
         values = v[:, :, keys].flatten(0, 1)
         out[:, :, rows] = _product(weights, values).view(out[:, :, rows].shape)
@@ -166,7 +167,7 @@ def _recomputed_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, _, _, H = q.shape
     K = k.shape[1]
-    grad_q = _like_heads(q)
+    grad_q = like_heads(q)
     # the sums over blocks are taken in float32
     grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float32, device=x.device).flatten(0, 1) for x in (k, v))
     for rows, keys, weights in _blocks(q, k, first, scale, block):
@@ -222,22 +223,16 @@ def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     return out
 
 
-def _like_heads(q: Tensor) -> Tensor:
-    """Empty, of q's shape, and laid out so that the heads of a token lie side by side, as o_proj reads them."""
-    B, N, T, H = q.shape
-    return q.new_empty(B, T, N, H).transpose(1, 2)
-
-
 @_recomputed.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float, block: int) -> Tensor:
-    return _like_heads(q)
+    return like_heads(q)
 
 
 @_recomputed_backward.register_fake
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float, block: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _like_heads(q), k.new_empty(k.shape), v.new_empty(v.shape)
+    return like_heads(q), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx, inputs: tuple, output: Tensor) -> None:

@@ -33,7 +33,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float) -> t
     q is [B, N, T, H], k and v are [B, K, S, H], as in `gemlet.attention`. Beside the result the logarithm of each
     query's sum of exponentials, [B, N, T] in float32, from which the way back has its softmax.
     """
-    out = _like_heads(q)
+    out = like_heads(q)
     logsumexp = q.new_empty(q.shape[:3], dtype=torch.float32)
     _call("attention", q, k, v, first, scale, [out], [logsumexp])
     return out, logsumexp
@@ -44,7 +44,7 @@ def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor, out: Tensor, logsumexp: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, from that of the result."""
-    gradients = _like_heads(q), _like_heads(k), _like_heads(v)
+    gradients = like_heads(q), like_heads(k), like_heads(v)
     _call("attention_backward", q, k, v, first, scale, [out, grad, *gradients], [logsumexp.contiguous()])
     return gradients
 
@@ -70,7 +70,7 @@ def _sizes(numbers) -> ctypes.Array:
     return (SIZE * len(numbers))(*numbers)
 
 
-def _like_heads(x: Tensor) -> Tensor:
+def like_heads(x: Tensor) -> Tensor:
     """Empty, of x's shape, and laid out so that the heads of a token lie side by side, as o_proj reads them."""
     B, N, T, H = x.shape
     return x.new_empty(B, T, N, H).transpose(1, 2)
@@ -78,14 +78,14 @@ def _like_heads(x: Tensor) -> Tensor:
 
 @attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return _like_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return like_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @attention_backward.register_fake
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor, out: Tensor, logsumexp: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _like_heads(q), _like_heads(k), _like_heads(v)
+    return like_heads(q), like_heads(k), like_heads(v)
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
