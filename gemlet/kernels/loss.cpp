@@ -148,7 +148,7 @@ struct Chunk {
         }
     }
 
-    // Two rows of powers become softmax - one-hot, in their place and, as pairs, in panels of tokens.
+    // softmax - one-hot of two rows: row by row, and as pairs in panels of tokens.
     void differences(Index even, Bfloat16* by_row, Bfloat16* by_token) {
         const bool both = even + 1 < vocabulary;
         Bfloat16* const p = powers + even * padded;

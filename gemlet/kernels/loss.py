@@ -11,7 +11,7 @@ from torch import Tensor
 from gemlet.kernels.build import library
 
 ALIGNED = 32
-"""The width is a multiple of this."""
+"""The width is a multiple of this, and so many tokens are computed at a time."""
 
 POINTER, SIZE = ctypes.c_void_p, ctypes.c_int64
 
@@ -27,7 +27,11 @@ def available(device_type: str, dtype: torch.dtype, width: int) -> bool:
 
 def buffer_for(tokens: int, weight: Tensor) -> Tensor:
     """What a chunk of so many tokens is computed in."""
-    return weight.new_empty(-(-tokens // ALIGNED) * ALIGNED, len(weight))
+    return weight.new_empty(_padded(tokens), len(weight))
+
+
+def _padded(tokens: int) -> int:
+    return -(-tokens // ALIGNED) * ALIGNED
 
 
 @torch.library.custom_op("gemlet::cross_entropy", mutates_args=("buffer", "grad_hidden", "grad_weight"))
@@ -51,10 +55,11 @@ def cross_entropy(
         raise IndexError(f"targets from {scored.min()} to {scored.max()} for a vocabulary of {len(weight)}")
     assert hidden.is_contiguous() and weight.is_contiguous() and hidden.dtype == weight.dtype == buffer.dtype
     assert targets.dtype == torch.int64 and len(targets) == len(hidden)
-    assert buffer.is_contiguous() and buffer.numel() >= buffer_for(len(hidden), weight.to("meta")).numel()
+    assert buffer.is_contiguous() and buffer.numel() >= _padded(len(hidden)) * len(weight)
     for gradient, of, dtype in ((grad_hidden, hidden, hidden.dtype), (grad_weight, weight, torch.float32)):
         assert gradient is None or (gradient.is_contiguous() and gradient.shape == of.shape and gradient.dtype == dtype)
     assert (grad_hidden is None) == (grad_weight is None), "both gradients or none"
+    assert grad_weight is None or grad_weight.data_ptr() % 64 == 0, "vectors are added to it where they lie"
     kernel = library("loss")
     assert kernel is not None, "ask whether it is available"
     kernel.cross_entropy.restype = ctypes.c_double
@@ -65,14 +70,5 @@ def cross_entropy(
 
 
 @cross_entropy.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore: int,
-    buffer: Tensor,
-    grad_hidden: Tensor | None,
-    grad_weight: Tensor | None,
-    fresh: bool,
-) -> Tensor:
+def _(hidden: Tensor, *_) -> Tensor:
     return hidden.new_empty((), dtype=torch.float32)
