@@ -11,7 +11,7 @@ from gemlet.kernels import attention as kernel
 
 pytestmark = pytest.mark.skipif(
     not kernel.available("cpu", torch.bfloat16, 64),
-    reason="no C++ compiler, or no bf16 products of vectors alone",
+    reason="no C++ compiler, or no products in bf16",
 )
 
 HEADS = [(1, 1), (4, 2), (3, 1), (2, 2), (4, 1), (300, 1)]

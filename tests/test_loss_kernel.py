@@ -11,7 +11,7 @@ from gemlet.kernels import loss as kernel
 from gemlet.loss import IGNORE, linear_cross_entropy
 
 pytestmark = pytest.mark.skipif(
-    not kernel.available("cpu", torch.bfloat16, 64), reason="no C++ compiler, or no bf16 products of vectors alone"
+    not kernel.available("cpu", torch.bfloat16, 64), reason="no C++ compiler, or no products in bf16"
 )
 
 SHAPES = [(1, 2, 32), (5, 33, 32), (32, 128, 64), (33, 129, 96), (100, 1301, 64), (700, 513, 128)]

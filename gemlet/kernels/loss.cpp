@@ -1,4 +1,4 @@
-// The head and its cross-entropy for a chunk of tokens, with its gradients, on a CPU with AVX-512 and bf16 products.
+// The head and its cross-entropy for a chunk of tokens, with its gradients, on a CPU with products in bf16.
 //
 // Logits are computed for some rows of the head at a time, [rows, tokens], and become powers, less the largest logit
 // of these rows, before they leave the cache. What these lack to a softmax, one factor for each token and part of the
@@ -29,26 +29,32 @@ struct Chunk {
     const int threads;
     const std::vector<int64_t> targets;  // [padded]
 
-    const Index padded = up(tokens, COLUMNS), parts = up(vocabulary, PART) / PART;
+    const Index padded = up(tokens, SIDE), parts = up(vocabulary, PART) / PART;
     Array<float> factors{parts * padded};  // from powers to the softmax; 0 for what is not scored
-    std::vector<Bfloat16> zeros = std::vector<Bfloat16>(width);
 
-    const Bfloat16* row(Index i) const { return i < vocabulary ? weight + i * width : zeros.data(); }
-    const Bfloat16* state(Index i) const { return i < tokens ? hidden + i * width : zeros.data(); }
+    // From i and w on 32 x 32 numbers of the head, and of the hidden states; 0 beyond the last one.
+    auto rows(Index i, Index w) const {
+        return [=](Index j) { return i + j < vocabulary ? weight + (i + j) * width + w : ZEROS; };
+    }
+    auto states(Index t, Index w) const {
+        return [=](Index j) { return t + j < tokens ? hidden + (t + j) * width + w : ZEROS; };
+    }
 
     // The sum of -log p(target) over what is scored. Leaves powers and factors.
     double losses() {
-        Array<Bfloat16> columns(padded * width);
+        Array<Bfloat16> turned(padded * width);
         Array<float> totals(parts * padded), of_target(padded), results(padded);
 #pragma omp parallel num_threads(threads)
         {
+            const Tiles tiles;
 #pragma omp for
-            for (Index t = 0; t < padded; t += COLUMNS)
-                pack_as_columns(hidden + t * width, width, tokens - t, width, columns + t * width);
+            for (Index t = 0; t < padded; t += SIDE)
+                for (Index w = 0; w < width; w += SIDE) turned_as_right(states(t, w), turned + t * width + w * SIDE);
             Array<float> logits(PART * padded);
+            Array<Bfloat16> left(PART * width);
 #pragma omp for schedule(dynamic)
             for (Index part = 0; part < parts; part++)
-                exponentials(part, columns, logits, factors + part * padded, totals + part * padded, of_target);
+                exponentials(part, turned, left, logits, factors + part * padded, totals + part * padded, of_target);
 #pragma omp for
             for (Index t = 0; t < padded; t += 16) finish(t, totals, of_target, results);
         }
@@ -59,14 +65,15 @@ struct Chunk {
 
     // The logits of a part become powers, less the largest ones, `tops`; `totals` are their sums.
     void exponentials(
-        Index part, const Bfloat16* columns, float* logits, float* tops, float* totals, float* of_target) {
+        Index part, const Bfloat16* turned, Bfloat16* left, float* logits, float* tops, float* totals,
+        float* of_target) {
         const Index first = part * PART, rows = std::min(PART, vocabulary - first);
-        for (Index t = 0; t < padded; t += COLUMNS)
-            for (Index r = 0; r < rows; r += ROWS) {
-                const Bfloat16* of[ROWS];
-                for (Index i = 0; i < ROWS; i++) of[i] = row(first + r + i);
-                multiply(of, 2, columns + t * width, width / 2, logits + r * padded + t, padded, true);
-            }
+        for (Index r = 0; r < rows; r += SIDE)
+            for (Index w = 0; w < width; w += SIDE) as_left(this->rows(first + r, w), left + r * width + w * SIDE);
+        for (Index t = 0; t < padded; t += SIDE)
+            for (Index r = 0; r < rows; r += SIDE)
+                multiply(
+                    left + r * width, turned + t * width, width / SIDE, logits + r * padded + t, padded, true);
         std::fill(tops, tops + padded, -INFINITY);
         std::fill(totals, totals + padded, 0.0f);
         for (Index r = 0; r < rows; r++)
@@ -109,36 +116,32 @@ struct Chunk {
 
     // grad_weight [vocabulary, width] is set if it is fresh, else added to.
     void gradients(Bfloat16* grad_hidden, float* grad_weight, bool fresh) {
-        Array<Bfloat16> hidden_pairs(padded * width), weight_pairs(BLOCK * width);
-        Array<Bfloat16> by_row(BLOCK * padded), by_token(BLOCK * padded);
+        Array<Bfloat16> states_right(padded * width), rows_right(BLOCK * width), by_token(BLOCK * padded);
         Array<float> sums(padded * width);
 #pragma omp parallel num_threads(threads)
         {
+            const Tiles tiles;
+            Array<Bfloat16> by_row(SIDE * padded);
 #pragma omp for
-            for (Index t = 0; t < padded; t += 2)
-                pack_as_pair(state(t), state(t + 1), width, hidden_pairs + t * COLUMNS, padded * COLUMNS);
+            for (Index t = 0; t < padded; t += SIDE)
+                for (Index w = 0; w < width; w += SIDE)
+                    as_right(states(t, w), states_right + w * padded + t * SIDE);
             for (Index first = 0; first < vocabulary; first += BLOCK) {
-                const Index rows = std::min(BLOCK, vocabulary - first);
+                const Index count = std::min(BLOCK, vocabulary - first);
 #pragma omp for
-                for (Index r = 0; r < rows; r += COLUMNS) {
-                    const Index end = std::min(r + COLUMNS, rows);
-                    for (Index i = r; i < end; i += 2) {
-                        pack_as_pair(
-                            row(first + i), row(first + i + 1), width, weight_pairs + i * COLUMNS, BLOCK * COLUMNS);
-                        differences(first + i, by_row + i * padded, by_token + i * COLUMNS);
-                    }
-                    for_weight(first + r, end - r, by_row + r * padded, hidden_pairs, grad_weight, fresh);
+                for (Index r = 0; r < count; r += SIDE) {
+                    for (Index w = 0; w < width; w += SIDE)
+                        as_right(rows(first + r, w), rows_right + w * BLOCK + r * SIDE);
+                    for (Index t = 0; t < padded; t += SIDE)
+                        differences(first + r, t, by_row + t * SIDE, by_token + t * BLOCK + r * SIDE);
+                    for_weight(first + r, by_row, states_right, grad_weight, fresh);
                 }
 #pragma omp for
-                for (Index t = 0; t < padded; t += COLUMNS)
-                    for (Index w = 0; w < width; w += COLUMNS)
-                        for (Index i = t; i < t + COLUMNS; i += ROWS) {
-                            const Bfloat16* of[ROWS];
-                            for (Index j = 0; j < ROWS; j++) of[j] = by_token + t * BLOCK + 2 * (i - t + j);
-                            multiply(
-                                of, 2 * COLUMNS, weight_pairs + w * BLOCK, up(rows, 2) / 2, sums + i * width + w,
-                                width, first == 0);
-                        }
+                for (Index t = 0; t < padded; t += SIDE)
+                    for (Index w = 0; w < width; w += SIDE)
+                        multiply(
+                            by_token + t * BLOCK, rows_right + w * BLOCK, up(count, SIDE) / SIDE, sums + t * width + w,
+                            width, first == 0);
             }
 #pragma omp for
             for (Index t = 0; t < tokens; t++)
@@ -148,62 +151,56 @@ struct Chunk {
         }
     }
 
-    // softmax - one-hot of two rows: row by row, and as pairs in panels of tokens.
-    void differences(Index even, Bfloat16* by_row, Bfloat16* by_token) {
-        const bool both = even + 1 < vocabulary;
-        Bfloat16* const p = powers + even * padded;
-        const float* const factor = factors + even / PART * padded;
-        const auto softmax = [&](Index at, Index t) {
-            return _mm512_mul_ps(widened(load(p + at)), _mm512_load_ps(factor + t));
-        };
-        for (Index t = 0; t < padded; t += 16) {
-            __m512 x = softmax(t, t), y = both ? softmax(padded + t, t) : _mm512_setzero_ps();
-            __mmask16 of_x = 0, of_y = 0;
-            for (Index half = 0; half < 16; half += 8) {
-                const __m512i target = _mm512_loadu_si512(&targets[t + half]);
-                of_x |= _mm512_cmpeq_epi64_mask(target, _mm512_set1_epi64(even)) << half;
-                of_y |= _mm512_cmpeq_epi64_mask(target, _mm512_set1_epi64(even + 1)) << half;
+    // A square of softmax - one-hot, as it is and turned; 0 beyond the last row.
+    void differences(Index row, Index token, Bfloat16* by_row, Bfloat16* by_token) const {
+        for (Index t = 0; t < SIDE; t += 16) {
+            const Index at = token + t;
+            const __m512 factor = _mm512_load_ps(factors + row / PART * padded + at);
+            const __m256i target = _mm512_cvtepi64_epi32(_mm512_loadu_si512(&targets[at]));
+            const __m256i more = _mm512_cvtepi64_epi32(_mm512_loadu_si512(&targets[at + 8]));
+            const __m512i of = _mm512_inserti64x4(_mm512_castsi256_si512(target), more, 1);
+            for (Index i = 0; i < SIDE; i++) {
+                const Index r = row + i;
+                __m512 x = _mm512_setzero_ps();
+                if (r < vocabulary) x = _mm512_mul_ps(widened(load(powers + r * padded + at)), factor);
+                x = _mm512_mask_sub_ps(x, _mm512_cmpeq_epi32_mask(of, _mm512_set1_epi32(r)), x, _mm512_set1_ps(1));
+                _mm256_store_si256((__m256i*)(by_row + i * SIDE + t), narrowed(x));
             }
-            x = _mm512_mask_sub_ps(x, of_x, x, _mm512_set1_ps(1));
-            y = _mm512_mask_sub_ps(y, of_y, y, _mm512_set1_ps(1));
-            const __m256i first = narrowed(x), second = narrowed(y);
-            _mm256_store_si256((__m256i*)(by_row + t), first);
-            _mm256_store_si256((__m256i*)(by_row + padded + t), second);
-            _mm512_store_si512(by_token + t / COLUMNS * COLUMNS * BLOCK + 2 * (t % COLUMNS), pairs_of(first, second));
         }
+        turned_as_left([=](Index i) { return by_row + i * SIDE; }, by_token);
     }
 
-    // What the tokens add to the gradients of so many rows.
+    // What the tokens add to the gradients of 32 rows.
     void for_weight(
-        Index first, Index count, const Bfloat16* by_row, const Bfloat16* hidden_pairs, float* grad_weight,
-        bool fresh) {
-        alignas(64) float tile[ROWS * COLUMNS];  // for the last rows, beyond which there is nothing
-        for (Index w = 0; w < width; w += COLUMNS)
-            for (Index r = 0; r < count; r += ROWS) {
-                float* const sums = grad_weight + (first + r) * width + w;
-                const Bfloat16* of[ROWS];
-                for (Index i = 0; i < ROWS; i++) of[i] = by_row + std::min(r + i, count - 1) * padded;
-                if (r + ROWS <= count) {
-                    multiply(of, 2, hidden_pairs + w * padded, padded / 2, sums, width, fresh);
-                    continue;
-                }
-                multiply(of, 2, hidden_pairs + w * padded, padded / 2, tile, COLUMNS, true);
-                for (Index i = 0; r + i < count; i++)
-                    for (Index j = 0; j < COLUMNS; j++)
-                        sums[i * width + j] = tile[i * COLUMNS + j] + (fresh ? 0 : sums[i * width + j]);
+        Index row, const Bfloat16* by_row, const Bfloat16* states_right, float* grad_weight, bool fresh) const {
+        alignas(64) float square[SQUARE];  // for the last rows, beyond which there is nothing
+        const Index count = std::min(SIDE, vocabulary - row);
+        for (Index w = 0; w < width; w += SIDE) {
+            float* const sums = grad_weight + row * width + w;
+            const auto product = [&](float* to, Index stride, bool fresh) {
+                multiply(by_row, states_right + w * padded, padded / SIDE, to, stride, fresh);
+            };
+            if (count == SIDE) {
+                product(sums, width, fresh);
+                continue;
             }
+            product(square, SIDE, true);
+            for (Index i = 0; i < count; i++)
+                for (Index j = 0; j < SIDE; j++)
+                    sums[i * width + j] = square[i * SIDE + j] + (fresh ? 0 : sums[i * width + j]);
+        }
     }
 };
 
 }  // namespace
 
 extern "C" {
-int can_multiply() { return 1; }
+int can_multiply() { return CAN_MULTIPLY; }
 // The sum of -log p(target) in nats over the tokens whose target is not `ignore`; their gradients, where asked for.
 double cross_entropy(
     const Bfloat16* hidden, const Bfloat16* weight, const int64_t* targets, Bfloat16* powers, Bfloat16* grad_hidden,
     float* grad_weight, int64_t tokens, int64_t vocabulary, int64_t width, int64_t ignore, int fresh, int threads) {
-    std::vector<int64_t> scored(up(tokens, COLUMNS), NONE);
+    std::vector<int64_t> scored(up(tokens, SIDE), NONE);
     std::replace_copy(targets, targets + tokens, scored.begin(), ignore, NONE);
     Chunk chunk{hidden, weight, powers, tokens, vocabulary, width, threads, std::move(scored)};
     const double loss = chunk.losses();

@@ -1,13 +1,15 @@
-// Products in bf16 on a CPU with AVX-512's instruction for them: a tile of sums, and how its factors are laid out.
+// Products in bf16 on a CPU that has instructions for them: AMX, or those of AVX-512. PRODUCTS says whether it does.
 //
-// A factor has its numbers in pairs, since the instruction adds the products of two. PRODUCTS says whether it is there;
-// with AMX torch's products are several times as fast, and nothing here is asked for.
+// Factors are made of squares of 32 x 32 numbers. Those of the left factor have their rows one after the other, those
+// of the right one their numbers in pairs of rows, since the instructions add up the products of pairs:
+// [SIDE / 2, SIDE, 2]. In units of a pair, a square of either is the transpose of what a square of the other would be
+// that holds the transposed numbers.
 
 #pragma once
 
 #include <cstdint>
 
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#ifdef __AVX512BF16__
 #define PRODUCTS
 
 #include <immintrin.h>
@@ -15,12 +17,17 @@
 #include <cstring>
 #include <memory>
 
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace {
 
 typedef uint16_t Bfloat16;
 typedef int64_t Index;
 
-constexpr Index ROWS = 8, COLUMNS = 32;  // of a tile: sixteen vectors of sums, enough to hide what a product takes
+constexpr Index SIDE = 32, SQUARE = SIDE * SIDE;
 
 Index up(Index x, Index multiple) { return (x + multiple - 1) / multiple * multiple; }
 
@@ -36,38 +43,101 @@ class Array {  // aligned for vectors, and not set to 0, which would be a pass o
     operator T*() const { return begin; }
 };
 
+// ---- numbers
+
 inline __m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 inline __m256i narrowed(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 inline __m512i pairs_of(__m256i even, __m256i odd) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
 inline __m256i load(const Bfloat16* x) { return _mm256_loadu_si256((const __m256i*)x); }
+inline __m256i load(const float* x) { return narrowed(_mm512_loadu_ps(x)); }
 
-// Adds the product of ROWS `rows`, whose pairs are `step` numbers apart, and a panel [pairs, COLUMNS, 2] to sums, whose
-// rows are `stride` apart; sets them if they are fresh.
+// ---- sums of products
+
+#ifdef __AMX_BF16__
+
+// Linux lets a process use its tiles once it has asked (arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA).
+const bool CAN_MULTIPLY = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+
+// What a thread has while it multiplies: eight tiles of 16 x 64 bytes.
+class Tiles {
+  public:
+    Tiles() {
+        struct alignas(64) {
+            uint8_t palette = 1, start = 0, reserved[14] = {};
+            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+        } shapes;
+        _tile_loadconfig(&shapes);
+    }
+    ~Tiles() { _tile_release(); }
+    Tiles(const Tiles&) = delete;
+};
+
+// Adds the products of so many squares of a left and a right factor to the square `sums`, whose rows are `stride`
+// apart; sets it if it is fresh.
+inline void multiply(
+    const Bfloat16* left, const Bfloat16* right, Index squares, float* sums, Index stride, bool fresh) {
+    const Index bytes = stride * sizeof *sums;
+    asm volatile("" ::: "memory");  // what is loaded is written: GCC does not know that a tile reads memory
+    if (fresh) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, sums, bytes);
+        _tile_loadd(1, sums + 16, bytes);
+        _tile_loadd(2, sums + 16 * stride, bytes);
+        _tile_loadd(3, sums + 16 * stride + 16, bytes);
+    }
+    for (Index i = 0; i < squares; i++, left += SQUARE, right += SQUARE) {
+        _tile_loadd(4, left, 2 * SIDE);
+        _tile_loadd(6, right, 4 * SIDE);
+        _tile_loadd(7, right + SIDE, 4 * SIDE);
+        _tile_loadd(5, left + SQUARE / 2, 2 * SIDE);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums, bytes);
+    _tile_stored(1, sums + 16, bytes);
+    _tile_stored(2, sums + 16 * stride, bytes);
+    _tile_stored(3, sums + 16 * stride + 16, bytes);
+}
+
+#else
+
+const bool CAN_MULTIPLY = true;
+
+struct Tiles {
+    ~Tiles() {}  // so that one that is only there is not called unused
+};
+
+constexpr Index ROWS = 8;  // at a time: sixteen vectors of sums, enough to hide what a product takes
+
 __attribute__((noinline))  // where it is inlined, GCC runs out of registers
-void multiply(
-    const Bfloat16* const* rows, Index step, const Bfloat16* panel, Index pairs, float* sums, Index stride,
-    bool fresh) {
+void multiply_rows(const Bfloat16* left, const Bfloat16* right, Index squares, float* sums, Index stride, bool fresh) {
     __m512 total[ROWS][2];
 #pragma GCC unroll 8
     for (Index i = 0; i < ROWS; i++) {
         total[i][0] = fresh ? _mm512_setzero_ps() : _mm512_load_ps(sums + i * stride);
         total[i][1] = fresh ? _mm512_setzero_ps() : _mm512_load_ps(sums + i * stride + 16);
     }
-    const Bfloat16* a[ROWS];
-    std::copy(rows, rows + ROWS, a);
-    for (Index p = 0; p < pairs; p++, panel += 2 * COLUMNS) {
-        const __m512bh left = (__m512bh)_mm512_load_si512(panel), right = (__m512bh)_mm512_load_si512(panel + COLUMNS);
+    for (Index s = 0; s < squares; s++, left += SQUARE - SIDE)
+        for (Index p = 0; p < SIDE; p += 2, left += 2, right += 2 * SIDE) {
+            const __m512bh first = (__m512bh)_mm512_load_si512(right), second = (__m512bh)_mm512_load_si512(right + SIDE);
 #pragma GCC unroll 8
-        for (Index i = 0; i < ROWS; i++) {
-            int32_t pair;
-            std::memcpy(&pair, a[i] + p * step, sizeof pair);
-            const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-            total[i][0] = _mm512_dpbf16_ps(total[i][0], both, left);
-            total[i][1] = _mm512_dpbf16_ps(total[i][1], both, right);
+            for (Index i = 0; i < ROWS; i++) {
+                int32_t pair;
+                std::memcpy(&pair, left + i * SIDE, sizeof pair);
+                const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+                total[i][0] = _mm512_dpbf16_ps(total[i][0], both, first);
+                total[i][1] = _mm512_dpbf16_ps(total[i][1], both, second);
+            }
         }
-    }
 #pragma GCC unroll 8
     for (Index i = 0; i < ROWS; i++) {
         _mm512_store_ps(sums + i * stride, total[i][0]);
@@ -75,20 +145,87 @@ void multiply(
     }
 }
 
-// Rows as the columns of a panel: [width / 2, COLUMNS, 2]; those from `count` on are 0.
-void pack_as_columns(const Bfloat16* rows, Index stride, Index count, Index width, Bfloat16* panel) {
-    if (count < COLUMNS) std::memset(panel, 0, width * COLUMNS * sizeof *panel);
-    for (Index first = 0; first < width; first += 32)  // a line of the cache at a time
-        for (Index j = 0; j < std::min(count, COLUMNS); j++)
-            for (Index w = first; w < first + 32; w += 2)
-                std::memcpy(panel + w * COLUMNS + 2 * j, rows + j * stride + w, 2 * sizeof *panel);
+// The same as above.
+inline void multiply(
+    const Bfloat16* left, const Bfloat16* right, Index squares, float* sums, Index stride, bool fresh) {
+    for (Index i = 0; i < SIDE; i += ROWS)
+        multiply_rows(left + i * SIDE, right, squares, sums + i * stride, stride, fresh);
 }
 
-// Two rows as one pair of the panels that `width` is cut into, which are `size` numbers apart.
-void pack_as_pair(const Bfloat16* even, const Bfloat16* odd, Index width, Bfloat16* panels, Index size) {
-    for (Index w = 0; w < width; w += COLUMNS, panels += size)
-        for (Index j = 0; j < COLUMNS; j += 16)
-            _mm512_store_si512(panels + 2 * j, pairs_of(load(even + w + j), load(odd + w + j)));
+#endif
+
+// ---- rows of numbers as squares
+
+// 16 x 16 pairs.
+inline void transpose(__m512i (&x)[16]) {
+    __m512i y[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+        x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+        x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+        x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        y[i] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88);
+        y[i + 4] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
+        y[i + 8] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
+        y[i + 12] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        x[i] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0x88);
+        x[i + 8] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0xdd);
+    }
+}
+
+// Each takes 32 rows of 32 numbers, row(i) being where the i-th begins, in bf16 or float32.
+
+const Bfloat16 ZEROS[SIDE] = {};  // a row beyond the last one
+
+template <class Row>
+void as_left(const Row& row, Bfloat16* square) {
+    for (Index i = 0; i < SIDE; i++, square += SIDE)
+        for (Index j = 0; j < SIDE; j += 16) _mm256_storeu_si256((__m256i*)(square + j), load(row(i) + j));
+}
+
+template <class Row>
+void as_right(const Row& row, Bfloat16* square) {
+    for (Index i = 0; i < SIDE; i += 2, square += 2 * SIDE)
+        for (Index j = 0; j < SIDE; j += 16)
+            _mm512_store_si512(square + 2 * j, pairs_of(load(row(i) + j), load(row(i + 1) + j)));
+}
+
+// The transpose of the rows, the same for the next two.
+template <class Row>
+void turned_as_left(const Row& row, Bfloat16* square) {
+    for (Index j = 0; j < SIDE; j += 16) {
+        __m512i x[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) x[i] = pairs_of(load(row(2 * i) + j), load(row(2 * i + 1) + j));
+        transpose(x);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) _mm512_store_si512(square + (j + i) * SIDE, x[i]);
+    }
+}
+
+template <class Row>
+void turned_as_right(const Row& row, Bfloat16* square) {
+    for (Index j = 0; j < SIDE; j += 16) {
+        __m512i x[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++)
+            x[i] = _mm512_inserti64x4(_mm512_castsi256_si512(load(row(j + i))), load(row(j + i) + 16), 1);
+        transpose(x);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) _mm512_store_si512(square + i * 2 * SIDE + 2 * j, x[i]);
+    }
 }
 
 // ---- e^x, or rather 2^y
