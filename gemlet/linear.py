@@ -1,14 +1,33 @@
-"""A product with weights, whose way back is cut for the cores of a CPU."""
+"""Products with weights: by a kernel where there is one, else with a way back that is cut for the cores of a CPU."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemlet.kernels import linear as kernel
+
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., inputs] @ weight [outputs, inputs].T, computed in x's dtype whatever that of the weight."""
+    if together(x, weight):
+        return linears(x, weight)[0]
     halved = x.device.type == "cpu" and x.dtype != torch.float32 and x[..., 0].numel() % 2 == 0
     return _Linear.apply(x, weight) if halved else F.linear(x, weight.to(x.dtype))
+
+
+def together(x: Tensor, *weights: Tensor) -> bool:
+    """Whether there is a kernel for all products of x with weights like these: `linears` and `feed_forward`."""
+    return kernel.available(x.device.type, x.dtype) and kernel.fits(x, *weights)
+
+
+def linears(x: Tensor, *weights: Tensor) -> list[Tensor]:
+    """`linear` for each of several weights, where they can be computed together."""
+    return kernel.linear(x, weights)
+
+
+def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """down(geglu(gate(x), up(x))) with weights [F, D], [F, D] and [D, F], where it can be computed together."""
+    return kernel.feed_forward(x, gate, up, down)[0]
 
 
 class _Linear(torch.autograd.Function):

@@ -23,7 +23,7 @@ from gemlet.attention import attention
 from gemlet.cache import KVCache, LayerCache
 from gemlet.config import FULL, SLIDING, ModelConfig
 from gemlet.geglu import geglu
-from gemlet.linear import linear
+from gemlet.linear import feed_forward, linear, linears, together
 
 Rope = tuple[Tensor, Tensor]
 
@@ -103,7 +103,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         """[B, T, D] -> [B, T, D]; with a cache, x stands at the positions from `start` on."""
         B, T, _ = x.shape
-        q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        projections = self.q_proj, self.k_proj, self.v_proj
+        weights = [p.weight for p in projections]
+        projected = linears(x, *weights) if together(x, *weights) else [p(x) for p in projections]
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in projected)
         q = rotate(self.q_norm(q).transpose(1, 2), rope)  # [B, N, T, H]
         k = rotate(self.k_norm(k).transpose(1, 2), rope)  # [B, K, T, H]
         v = v.transpose(1, 2)
@@ -125,6 +128,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
+        weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+        if together(x, *weights):
+            return feed_forward(x, *weights)
         return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
 
 

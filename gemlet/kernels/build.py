@@ -20,6 +20,7 @@ FLAGS = "-std=c++17 -O3 -march=native -fPIC -shared -w"
 FLAGS_OF = {
     "attention": "-fopenmp -ffp-contract=fast",
     "decode": "-pthread -ffp-contract=off",  # a row is the same to the last bit however the rows are cut
+    "linear": "-fopenmp -ffp-contract=fast",
     "loss": "-fopenmp -ffp-contract=fast",
     "train": "-fopenmp -ffp-contract=fast -fno-trapping-math",  # GCC makes no vectors of what might trap, for AVX2
 }

@@ -187,7 +187,7 @@ inline void transpose(__m512i (&x)[16]) {
 
 // Each takes 32 rows of 32 numbers, row(i) being where the i-th begins, in bf16 or float32.
 
-const Bfloat16 ZEROS[SIDE] = {};  // a row beyond the last one
+const Bfloat16 ZEROS[2 * SIDE] = {};  // a row beyond the last one, in either type
 
 template <class Row>
 void as_left(const Row& row, Bfloat16* square) {
