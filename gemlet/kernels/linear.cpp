@@ -10,7 +10,7 @@
 
 #if defined(PRODUCTS) && defined(__AMX_BF16__)
 
-#include <cmath>
+#include <numeric>
 #include <vector>
 
 namespace {
@@ -74,33 +74,63 @@ constexpr Index MOST = 1 << 19;        // numbers of left factors that a thread 
 constexpr Index MOST_RIGHT = 1 << 18;  // of a right one
 constexpr Index MOST_ROWS = 256;
 
+constexpr Index fitting(Index numbers) { return std::max(SIDE, std::min(MOST_ROWS, MOST / numbers / SIDE * SIDE)); }
+
 // Of a left factor with so many numbers a row, blocks of rows that are shared out among threads.
 template <class Use>
-void for_blocks(Index rows, Index numbers, int threads, const Use& use) {
-    const Index fitting = std::max(SIDE, std::min(MOST_ROWS, MOST / numbers / SIDE * SIDE));
-    const Index all = up(rows, SIDE) / SIDE, least = up(up(rows, fitting) / fitting, threads);
-    const Index size = up(all, least) / least * SIDE;
-    Array<Bfloat16> memory(size * numbers);
+void for_rows(Index rows, Index numbers, int threads, const Use& use) {
+    const Index all = up(rows, SIDE) / SIDE, most = fitting(numbers);
+    const Index blocks = up(up(rows, most) / most, threads), size = up(all, blocks) / blocks * SIDE;
+    Array<Bfloat16> left(size * numbers);
 #pragma omp for schedule(dynamic)
-    for (Index first = 0; first < all * SIDE; first += size) use(first, std::min(first + size, all * SIDE), memory);
+    for (Index first = 0; first < all * SIDE; first += size) use(first, std::min(first + size, all * SIDE), left);
 }
 
 // Goes through the squares of a product of some rows: left [rows, depth] @ right [depth, columns], of which the squares
 // of a row and of a column follow one another. Columns come in strips that the second cache holds.
 template <class Use>
 void multiply_all(
-    Index first, Index last, Index depth, Index columns, const Bfloat16* left, const Bfloat16* right, const Use& use) {
+    Index first, Index last, Index depth, Index columns, const Bfloat16* left, const Bfloat16* right, const Use& use,
+    Index from = 0) {
     const Index strip = std::max(SIDE, MOST_RIGHT / depth / SIDE * SIDE);
-    for (Index begin = 0; begin < columns; begin += strip)
+    for (Index begin = from; begin < columns; begin += strip)
         for (Index row = first; row < last; row += SIDE)
             for (Index column = begin; column < std::min(begin + strip, columns); column += SIDE)
                 use(row, column, left + (row - first) * depth, right + column * depth);
 }
 
-template <class T>
-void pack_left(const Matrix<T>& x, Index first, Index last, Bfloat16* left) {
+// The same for all rows, shared out in blocks of rows and as many parts of the columns as give each thread the same.
+// pack(first, last, memory) says where the squares of some rows are, having packed them if need be.
+template <class Pack, class Use>
+void multiply_all(
+    Index rows, Index depth, Index columns, const Bfloat16* right, int threads, const Pack& pack, const Use& use) {
+    const Index all = up(rows, SIDE) / SIDE, most = fitting(depth) / SIDE, blocks = up(all, most) / most;
+    const Index size = up(all, blocks) / blocks * SIDE, panels = columns / SIDE;
+    const Index parts = std::min<Index>(panels, threads / std::gcd<Index>(blocks, threads));
+    Array<Bfloat16> memory(size * depth);
+#pragma omp for schedule(dynamic)
+    for (Index i = 0; i < blocks * parts; i++) {
+        const Index first = i / parts * size, last = std::min(first + size, all * SIDE), part = i % parts;
+        const Bfloat16* const left = pack(first, last, memory.begin);
+        multiply_all(
+            first, last, depth, panels * (part + 1) / parts * SIDE, left, right, use, panels * part / parts * SIDE);
+    }
+}
+
+// Makes squares one after the other: at(row, k, square) makes one.
+template <class At>
+const Bfloat16* pack_left(Index first, Index last, Index depth, Bfloat16* squares, const At& at) {
+    Bfloat16* square = squares;
     for (Index row = first; row < last; row += SIDE)
-        for (Index k = 0; k < x.columns; k += SIDE, left += SQUARE) as_left(x.at(row, k), left);
+        for (Index k = 0; k < depth; k += SIDE, square += SQUARE) at(row, k, square);
+    return squares;
+}
+
+template <class T>
+const Bfloat16* pack_left(const Matrix<T>& x, Index first, Index last, Bfloat16* squares) {
+    return pack_left(first, last, x.columns, squares, [&](Index row, Index k, Bfloat16* square) {
+        as_left(x.at(row, k), square);
+    });
 }
 
 // x as the right factor of what is a sum over its rows.
@@ -123,7 +153,8 @@ void pack_turned(const Matrix<T>& x, Bfloat16* right) {
 // ---- linear layers that read the same
 
 template <class T>
-void linear(const Matrix<const Bfloat16>& x, const Stacked<const T>& weights, const Stacked<Bfloat16>& out, int threads) {
+void linear(
+    const Matrix<const Bfloat16>& x, const Stacked<const T>& weights, const Stacked<Bfloat16>& out, int threads) {
     const Index inputs = x.columns, outputs = weights.rows();
     Array<Bfloat16> right(outputs * inputs);
 #pragma omp parallel num_threads(threads)
@@ -136,17 +167,15 @@ void linear(const Matrix<const Bfloat16>& x, const Stacked<const T>& weights, co
             done += weight.rows;
         }
 #pragma omp barrier
-        for_blocks(x.rows, inputs, threads, [&](Index first, Index last, Bfloat16* left) {
-            pack_left(x, first, last, left);
-            multiply_all(
-                first, last, inputs, outputs, left, right,
-                [&](Index row, Index column, const Bfloat16* left, const Bfloat16* right) {
-                    const Matrix<Bfloat16>& to = out.with_column(column);
-                    prefetch(to, row, column);
-                    multiply(left, right, inputs / SIDE, sums, SIDE, true);
-                    write(sums, to, row, column);
-                });
-        });
+        multiply_all(
+            x.rows, inputs, outputs, right, threads,
+            [&](Index first, Index last, Bfloat16* memory) { return pack_left(x, first, last, memory); },
+            [&](Index row, Index column, const Bfloat16* left, const Bfloat16* right) {
+                const Matrix<Bfloat16>& to = out.with_column(column);
+                prefetch(to, row, column);
+                multiply(left, right, inputs / SIDE, sums, SIDE, true);
+                write(sums, to, row, column);
+            });
     }
 }
 
@@ -167,35 +196,31 @@ void linear_backward(
             const auto& weight = weights.with_row(row);
             for (Index i = 0; i < inputs; i += SIDE) as_right(weight.at(row, i), right + i * outputs + output * SIDE);
         }
-        for_blocks(x.rows, outputs, threads, [&](Index first, Index last, Bfloat16* left) {
-            for (Index row = first; row < last; row += SIDE)
-                for (Index output = 0; output < outputs; output += SIDE) {
-                    Index column = output;
-                    const auto& part = grad.with_column(column);
-                    as_left(part.at(row, column), left + (row - first) * outputs + output * SIDE);
-                }
-            multiply_all(
-                first, last, outputs, inputs, left, right,
-                [&](Index row, Index column, const Bfloat16* left, const Bfloat16* right) {
-                    prefetch(grad_x, row, column);
-                    multiply(left, right, outputs / SIDE, sums, SIDE, true);
-                    write(sums, grad_x, row, column);
+        multiply_all(
+            x.rows, outputs, inputs, right, threads,
+            [&](Index first, Index last, Bfloat16* memory) {
+                return pack_left(first, last, outputs, memory, [&](Index row, Index output, Bfloat16* square) {
+                    const auto& part = grad.with_column(output);
+                    as_left(part.at(row, output), square);
                 });
-        });
-        for_blocks(outputs, tokens, threads, [&](Index first, Index last, Bfloat16* left) {
-            for (Index output = first; output < last; output += SIDE) {
-                Index column = output;
-                const auto& part = grad.with_column(column);
-                for (Index t = 0; t < tokens; t += SIDE)
-                    turned_as_left(part.at(t, column), left + (output - first) * tokens + t * SIDE);
-            }
-            multiply_all(
-                first, last, tokens, inputs, left, states,
-                [&](Index row, Index column, const Bfloat16* left, const Bfloat16* right) {
-                    const Matrix<float>& to = grad_weights.with_row(row);
-                    multiply(left, right, tokens / SIDE, to.begin + row * inputs + column, inputs, true);
+            },
+            [&](Index row, Index column, const Bfloat16* left, const Bfloat16* right) {
+                prefetch(grad_x, row, column);
+                multiply(left, right, outputs / SIDE, sums, SIDE, true);
+                write(sums, grad_x, row, column);
+            });
+        multiply_all(
+            outputs, tokens, inputs, states, threads,
+            [&](Index first, Index last, Bfloat16* memory) {
+                return pack_left(first, last, tokens, memory, [&](Index output, Index t, Bfloat16* square) {
+                    const auto& part = grad.with_column(output);
+                    turned_as_left(part.at(t, output), square);
                 });
-        });
+            },
+            [&](Index row, Index column, const Bfloat16* left, const Bfloat16* right) {
+                const Matrix<float>& to = grad_weights.with_row(row);
+                multiply(left, right, tokens / SIDE, to.begin + row * inputs + column, inputs, true);
+            });
     }
 }
 
@@ -204,14 +229,32 @@ void linear_backward(
 // GELU is x sigmoid(u) with u = 2 sqrt(2 / pi) (x + 0.044715 x^3).
 constexpr float LINEAR = 1.5957691216f, CUBIC = 0.044715f * LINEAR;
 
+// To 1e-4, a twentieth of what bf16 can tell.
 inline __m512 sigmoid_of_u(__m512 x) {
     const __m512 slope = _mm512_fnmsub_ps(
         _mm512_mul_ps(x, x), _mm512_set1_ps(LOG2_E * CUBIC), _mm512_set1_ps(LOG2_E * LINEAR));
-    const __m512 below = _mm512_add_ps(_mm512_set1_ps(1), power_of_2(_mm512_mul_ps(x, slope)));
-    const __m512 r = _mm512_rcp14_ps(below), error = _mm512_fnmadd_ps(below, r, _mm512_set1_ps(1));
-    // of infinity the inverse is 0, and the error no number
-    return _mm512_mask_fmadd_ps(r, _mm512_cmp_ps_mask(below, _mm512_set1_ps(INFINITY), _CMP_NEQ_UQ), error, r);
+    return _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1), power_of_2(_mm512_mul_ps(x, slope))));
 }
+
+// Does with the rows of a square what there is to do while the next square is multiplied.
+template <class Square, class Use>
+class Behind {
+    const Use& use;
+    Square square{};
+    Index row = SIDE;
+
+  public:
+    explicit Behind(const Use& use) : use(use) {}
+    void rows(Index count) {
+        for (const Index end = std::min(SIDE, row + count); row < end; row++) use(square, row);
+    }
+    void next(const Square& following) {
+        rows(SIDE);
+        square = following;
+        row = 0;
+    }
+    ~Behind() { rows(SIDE); }
+};
 
 // The rows of some states; beyond the last one numbers are 0.
 struct Row {
@@ -225,45 +268,60 @@ Row row_of(const Matrix<Bfloat16>& x, Index row, Index column) {
     return {row < x.rows ? x.begin + row * x.columns + column : nullptr};
 }
 
-// `gate` and `up`, [tokens, inner], are kept for the way back.
+struct Sums {  // of a square: its place; gate and up in float32; where their product goes
+    Index row, column;
+    const float *gate, *up;
+    Bfloat16* product;
+};
+
+// The results of gate and up, [tokens, inner], are kept for the way back.
 template <class T>
 void feed_forward(
     const Matrix<const Bfloat16>& x, const Matrix<const T>& gate_weight, const Matrix<const T>& up_weight,
-    const Matrix<const T>& down_weight, const Matrix<Bfloat16>& gate, const Matrix<Bfloat16>& up,
+    const Matrix<const T>& down_weight, const Matrix<Bfloat16>& gate_states, const Matrix<Bfloat16>& up_states,
     const Matrix<Bfloat16>& out, int threads) {
-    const Index width = x.columns, inner = gate.columns;
+    const Index width = x.columns, inner = gate_states.columns;
     Array<Bfloat16> gate_right(inner * width), up_right(inner * width), down_right(inner * width);
 #pragma omp parallel num_threads(threads)
     {
         const Tiles tiles;
-        alignas(64) float of_gate[SQUARE], of_up[SQUARE];
+        alignas(64) float of_gate[2 * SQUARE], of_up[2 * SQUARE];
+        bool turn = false;
+        const Index at_a_time = up(SIDE, 2 * width / SIDE) / (2 * width / SIDE);
+        const auto activate = [&](const Sums& square, Index i) {
+            const Row gates = row_of(gate_states, square.row + i, square.column);
+            const Row ups = row_of(up_states, square.row + i, square.column);
+            for (Index j = 0; j < SIDE; j += 16) {
+                const Index at = i * SIDE + j;
+                const __m256i g = load(square.gate + at), u = load(square.up + at);
+                gates.write(j, g);
+                ups.write(j, u);
+                const __m512 x = widened(g), gelu = _mm512_mul_ps(x, sigmoid_of_u(x));
+                _mm256_store_si256((__m256i*)(square.product + at), narrowed(_mm512_mul_ps(gelu, widened(u))));
+            }
+        };
         pack_turned(gate_weight, gate_right);
         pack_turned(up_weight, up_right);
         pack_turned(down_weight, down_right);
 #pragma omp barrier
-        for_blocks(x.rows, width + inner, threads, [&](Index first, Index last, Bfloat16* left) {
+        for_rows(x.rows, width + inner, threads, [&](Index first, Index last, Bfloat16* left) {
             Bfloat16* const product = left + (last - first) * width;
             pack_left(x, first, last, left);
-            multiply_all(
-                first, last, width, inner, left, gate_right,
-                [&](Index row, Index column, const Bfloat16* left, const Bfloat16* right) {
-                    prefetch(gate, row, column);
-                    prefetch(up, row, column);
-                    multiply(left, right, width / SIDE, of_gate, SIDE, true);
-                    multiply(left, up_right + column * width, width / SIDE, of_up, SIDE, true);
-                    Bfloat16* const square = product + (row - first) * inner + column * SIDE;
-                    for (Index i = 0; i < SIDE; i++) {
-                        const Row gates = row_of(gate, row + i, column), ups = row_of(up, row + i, column);
-                        for (Index j = 0; j < SIDE; j += 16) {
-                            const __m256i g = load(of_gate + i * SIDE + j), u = load(of_up + i * SIDE + j);
-                            gates.write(j, g);
-                            ups.write(j, u);
-                            const __m512 x = widened(g), gelu = _mm512_mul_ps(x, sigmoid_of_u(x));
-                            _mm256_store_si256(
-                                (__m256i*)(square + i * SIDE + j), narrowed(_mm512_mul_ps(gelu, widened(u))));
-                        }
-                    }
-                });
+            {
+                Behind<Sums, decltype(activate)> behind(activate);
+                multiply_all(
+                    first, last, width, inner, left, gate_right,
+                    [&](Index row, Index column, const Bfloat16* left, const Bfloat16* right) {
+                        const auto meanwhile = [&] { behind.rows(at_a_time); };
+                        prefetch(gate_states, row, column);
+                        prefetch(up_states, row, column);
+                        float *const gates = of_gate + turn * SQUARE, *const ups = of_up + turn * SQUARE;
+                        multiply(left, right, width / SIDE, gates, SIDE, true, meanwhile);
+                        multiply(left, up_right + column * width, width / SIDE, ups, SIDE, true, meanwhile);
+                        behind.next({row, column, gates, ups, product + (row - first) * inner + column * SIDE});
+                        turn = !turn;
+                    });
+            }
             multiply_all(
                 first, last, inner, width, product, down_right,
                 [&](Index row, Index column, const Bfloat16* left, const Bfloat16* right) {
@@ -275,21 +333,55 @@ void feed_forward(
     }
 }
 
+struct Gradients {  // of a square: its place; that of the product in float32; where those of gate and up go
+    Index row, column;
+    const float* above;
+    Bfloat16* both;
+};
+
 template <class T>
 void feed_forward_backward(
-    const Matrix<const Bfloat16>& grad, const Matrix<const Bfloat16>& x, const Matrix<Bfloat16>& gate,
+    const Matrix<const Bfloat16>& grad, const Matrix<const Bfloat16>& x, const Matrix<Bfloat16>& gate_states,
     const Matrix<Bfloat16>& up_states, const Matrix<const T>& gate_weight, const Matrix<const T>& up_weight,
     const Matrix<const T>& down_weight, const Matrix<Bfloat16>& grad_x, float* grad_gate_weight, float* grad_up_weight,
     float* grad_down_weight, int threads) {
-    const Index width = x.columns, inner = gate.columns, tokens = up(x.rows, SIDE);
+    const Index width = x.columns, inner = gate_states.columns, tokens = up(x.rows, SIDE);
     Array<Bfloat16> down_right(inner * width), both_right(2 * inner * width), states(tokens * width);
     // Left factors [inner, tokens] for the weights' gradients, and a right one [tokens, inner]
     Array<Bfloat16> grad_gate(inner * tokens), grad_up(inner * tokens), product(inner * tokens);
 #pragma omp parallel num_threads(threads)
     {
         const Tiles tiles;
-        alignas(64) float sums[SQUARE];
+        alignas(64) float sums[2 * SQUARE];
         alignas(64) Bfloat16 of_product[SQUARE];
+        bool turn = false;
+        const Index at_a_time = up(SIDE, width / SIDE) / (width / SIDE);
+        const auto differentiate = [&](const Gradients& square, Index i) {
+            const Row gates = row_of(gate_states, square.row + i, square.column);
+            const Row ups = row_of(up_states, square.row + i, square.column);
+            Bfloat16 *const of_gate = square.both, *const of_up = of_gate + inner * SIDE;
+            for (Index j = 0; j < SIDE; j += 16) {
+                const __m512 above = _mm512_load_ps(square.above + i * SIDE + j), x = gates.read(j);
+                const __m512 s = sigmoid_of_u(x), gelu = _mm512_mul_ps(x, s), y = ups.read(j);
+                // d gelu / dx = s + x s (1 - s) du/dx
+                const __m512 slope =
+                    _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(3 * CUBIC), _mm512_set1_ps(LINEAR));
+                const __m512 rest = _mm512_mul_ps(gelu, _mm512_sub_ps(_mm512_set1_ps(1), s));
+                const __m512 derivative = _mm512_fmadd_ps(rest, slope, s);
+                const auto put = [&](Bfloat16* to, __m512 value) {
+                    _mm256_store_si256((__m256i*)(to + i * SIDE + j), narrowed(value));
+                };
+                put(of_gate, _mm512_mul_ps(_mm512_mul_ps(above, y), derivative));
+                put(of_up, _mm512_mul_ps(above, gelu));
+                put(of_product, _mm512_mul_ps(gelu, y));
+            }
+            if (i < SIDE - 1) return;
+            const Index at = square.column * tokens + square.row * SIDE;
+            const auto rows = [](const Bfloat16* of) { return [=](Index i) { return of + i * SIDE; }; };
+            turned_as_left(rows(of_gate), grad_gate + at);
+            turned_as_left(rows(of_up), grad_up + at);
+            as_right(rows(of_product), product + at);
+        };
         pack_right(x, states);
         pack_right(down_weight, down_right);
 #pragma omp for
@@ -298,39 +390,20 @@ void feed_forward_backward(
                 as_right(gate_weight.at(i, w), both_right + w * 2 * inner + i * SIDE);
                 as_right(up_weight.at(i, w), both_right + w * 2 * inner + (inner + i) * SIDE);
             }
-        for_blocks(x.rows, width + 2 * inner, threads, [&](Index first, Index last, Bfloat16* left) {
+        for_rows(x.rows, width + 2 * inner, threads, [&](Index first, Index last, Bfloat16* left) {
             Bfloat16* const both = left + (last - first) * width;  // [rows, 2 inner]
             pack_left(grad, first, last, left);
-            multiply_all(
-                first, last, width, inner, left, down_right,
-                [&](Index row, Index column, const Bfloat16* left, const Bfloat16* right) {
-                    multiply(left, right, width / SIDE, sums, SIDE, true);
-                    Bfloat16* const of_gate = both + (row - first) * 2 * inner + column * SIDE;
-                    Bfloat16* const of_up = of_gate + inner * SIDE;
-                    for (Index i = 0; i < SIDE; i++) {
-                        const Row gates = row_of(gate, row + i, column), ups = row_of(up_states, row + i, column);
-                        for (Index j = 0; j < SIDE; j += 16) {
-                            const __m512 above = _mm512_load_ps(sums + i * SIDE + j), x = gates.read(j);
-                            const __m512 s = sigmoid_of_u(x), gelu = _mm512_mul_ps(x, s), y = ups.read(j);
-                            // d gelu / dx = s + x s (1 - s) du/dx
-                            const __m512 slope = _mm512_fmadd_ps(
-                                _mm512_mul_ps(x, x), _mm512_set1_ps(3 * CUBIC), _mm512_set1_ps(LINEAR));
-                            const __m512 rest = _mm512_mul_ps(gelu, _mm512_sub_ps(_mm512_set1_ps(1), s));
-                            const __m512 derivative = _mm512_fmadd_ps(rest, slope, s);
-                            const auto put = [&](Bfloat16* square, __m512 value) {
-                                _mm256_store_si256((__m256i*)(square + i * SIDE + j), narrowed(value));
-                            };
-                            put(of_gate, _mm512_mul_ps(_mm512_mul_ps(above, y), derivative));
-                            put(of_up, _mm512_mul_ps(above, gelu));
-                            put(of_product, _mm512_mul_ps(gelu, y));
-                        }
-                    }
-                    const Index at = column * tokens + row * SIDE;
-                    const auto rows = [](const Bfloat16* square) { return [=](Index i) { return square + i * SIDE; }; };
-                    turned_as_left(rows(of_gate), grad_gate + at);
-                    turned_as_left(rows(of_up), grad_up + at);
-                    as_right(rows(of_product), product + at);
-                });
+            {
+                Behind<Gradients, decltype(differentiate)> behind(differentiate);
+                multiply_all(
+                    first, last, width, inner, left, down_right,
+                    [&](Index row, Index column, const Bfloat16* left, const Bfloat16* right) {
+                        float* const above = sums + turn * SQUARE;
+                        multiply(left, right, width / SIDE, above, SIDE, true, [&] { behind.rows(at_a_time); });
+                        behind.next({row, column, above, both + (row - first) * 2 * inner + column * SIDE});
+                        turn = !turn;
+                    });
+            }
             multiply_all(
                 first, last, 2 * inner, width, both, both_right,
                 [&](Index row, Index column, const Bfloat16* left, const Bfloat16* right) {
@@ -339,25 +412,22 @@ void feed_forward_backward(
                     write(sums, grad_x, row, column);
                 });
         });
-        const auto sum_over_tokens = [&](Index rows, Index columns, const Bfloat16* right, float* to, const auto& left) {
-            for_blocks(rows, tokens, threads, [&](Index first, Index last, Bfloat16* memory) {
-                multiply_all(
-                    first, last, tokens, columns, left(first, last, memory), right,
-                    [&](Index row, Index column, const Bfloat16* left, const Bfloat16* right) {
-                        multiply(left, right, tokens / SIDE, to + row * columns + column, columns, true);
-                    });
-            });
+        const auto sum_over_tokens = [&](Index rows, Index columns, const Bfloat16* right, float* to, auto pack) {
+            multiply_all(
+                rows, tokens, columns, right, threads, pack,
+                [&](Index row, Index column, const Bfloat16* left, const Bfloat16* right) {
+                    multiply(left, right, tokens / SIDE, to + row * columns + column, columns, true);
+                });
         };
-        const auto there = [&](const Bfloat16* left) {
-            return [&, left](Index first, Index, Bfloat16*) { return left + first * tokens; };
+        const auto packed = [&](const Bfloat16* left) {
+            return [=](Index first, Index, Bfloat16*) { return left + first * tokens; };
         };
-        sum_over_tokens(inner, width, states, grad_gate_weight, there(grad_gate));
-        sum_over_tokens(inner, width, states, grad_up_weight, there(grad_up));
+        sum_over_tokens(inner, width, states, grad_gate_weight, packed(grad_gate));
+        sum_over_tokens(inner, width, states, grad_up_weight, packed(grad_up));
         sum_over_tokens(width, inner, product, grad_down_weight, [&](Index first, Index last, Bfloat16* memory) {
-            for (Index output = first; output < last; output += SIDE)
-                for (Index t = 0; t < tokens; t += SIDE)
-                    turned_as_left(grad.at(t, output), memory + (output - first) * tokens + t * SIDE);
-            return memory;
+            return pack_left(first, last, tokens, memory, [&](Index output, Index t, Bfloat16* square) {
+                turned_as_left(grad.at(t, output), square);
+            });
         });
     }
 }

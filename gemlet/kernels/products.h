@@ -55,6 +55,8 @@ inline __m256i load(const float* x) { return narrowed(_mm512_loadu_ps(x)); }
 
 // ---- sums of products
 
+inline void nothing() {}
+
 #ifdef __AMX_BF16__
 
 // Linux lets a process use its tiles once it has asked (arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA).
@@ -76,9 +78,11 @@ class Tiles {
 };
 
 // Adds the products of so many squares of a left and a right factor to the square `sums`, whose rows are `stride`
-// apart; sets it if it is fresh.
+// apart; sets it if it is fresh. For each square something is done `meanwhile`: tiles leave room for vectors.
+template <class Meanwhile = void()>
 inline void multiply(
-    const Bfloat16* left, const Bfloat16* right, Index squares, float* sums, Index stride, bool fresh) {
+    const Bfloat16* left, const Bfloat16* right, Index squares, float* sums, Index stride, bool fresh,
+    const Meanwhile& meanwhile = nothing) {
     const Index bytes = stride * sizeof *sums;
     asm volatile("" ::: "memory");  // what is loaded is written: GCC does not know that a tile reads memory
     if (fresh) {
@@ -101,6 +105,7 @@ inline void multiply(
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
+        meanwhile();
     }
     _tile_stored(0, sums, bytes);
     _tile_stored(1, sums + 16, bytes);
@@ -128,7 +133,8 @@ void multiply_rows(const Bfloat16* left, const Bfloat16* right, Index squares, f
     }
     for (Index s = 0; s < squares; s++, left += SQUARE - SIDE)
         for (Index p = 0; p < SIDE; p += 2, left += 2, right += 2 * SIDE) {
-            const __m512bh first = (__m512bh)_mm512_load_si512(right), second = (__m512bh)_mm512_load_si512(right + SIDE);
+            const __m512bh first = (__m512bh)_mm512_load_si512(right);
+            const __m512bh second = (__m512bh)_mm512_load_si512(right + SIDE);
 #pragma GCC unroll 8
             for (Index i = 0; i < ROWS; i++) {
                 int32_t pair;
@@ -145,11 +151,14 @@ void multiply_rows(const Bfloat16* left, const Bfloat16* right, Index squares, f
     }
 }
 
-// The same as above.
+// The same as above; vectors leave no room.
+template <class Meanwhile = void()>
 inline void multiply(
-    const Bfloat16* left, const Bfloat16* right, Index squares, float* sums, Index stride, bool fresh) {
+    const Bfloat16* left, const Bfloat16* right, Index squares, float* sums, Index stride, bool fresh,
+    const Meanwhile& meanwhile = nothing) {
     for (Index i = 0; i < SIDE; i += ROWS)
         multiply_rows(left + i * SIDE, right, squares, sums + i * stride, stride, fresh);
+    for (Index i = 0; i < squares; i++) meanwhile();
 }
 
 #endif
@@ -232,13 +241,13 @@ void turned_as_right(const Row& row, Bfloat16* square) {
 
 constexpr float LOG2_E = 1.44269504f;
 
-// To 3e-6; 0 below -96, so that nothing is so small that it is slow; a NaN remains one.
+// To 1e-7; 0 below -96, so that nothing is so small that it is slow; a NaN remains one.
 inline __m512 power_of_2(__m512 y) {
-    const __m512 n = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(y, n);
-    __m512 p = _mm512_set1_ps(1.33335581e-3f);  // the Taylor series of 2^r
-    for (float c : {9.61812911e-3f, 5.55041087e-2f, 0.240226507f, 0.693147181f, 1.0f})
+    const __m512 r = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // y - floor(y)
+    __m512 p = _mm512_set1_ps(1.87757670e-3f);  // the polynomial of its degree that is nearest to 2^r
+    for (float c : {8.98933969e-3f, 5.58263175e-2f, 0.240153611f, 0.693153083f, 0.99999994f})
         p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(y, _mm512_set1_ps(-96), _CMP_NLT_UQ), p, n);
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(y, _mm512_set1_ps(-96), _CMP_NLT_UQ), p, y);
 }
 
 }  // namespace
