@@ -155,22 +155,16 @@ def test_what_is_large_is_no_trouble():
         assert (ours.float() - theirs).norm() < 0.01 * theirs.norm()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_no_bit_of_a_product_depends_on_the_number_of_threads(threads, shape):
+@pytest.mark.parametrize(
+    "way, tensors",
+    [(linears, case(*shape)) for shape in SHAPES] + [(feed_forward, feed_forward_case(*s)) for s in FEED_FORWARD],
+)
+def test_no_bit_depends_on_the_number_of_threads(threads, way, tensors):
     threads(1)
-    expected = computed(linears, *case(*shape))
+    expected = computed(way, *tensors)
     for count in (2, 3, 8):
         threads(count)
-        assert same(computed(linears, *case(*shape)), expected)
-
-
-@pytest.mark.parametrize("shape", FEED_FORWARD)
-def test_no_bit_of_the_feed_forward_part_depends_on_the_number_of_threads(threads, shape):
-    threads(1)
-    expected = computed(feed_forward, *feed_forward_case(*shape))
-    for count in (2, 3, 8):
-        threads(count)
-        assert same(computed(feed_forward, *feed_forward_case(*shape)), expected)
+        assert same(computed(way, *tensors), expected)
 
 
 def test_a_row_depends_on_nothing_beside_it():

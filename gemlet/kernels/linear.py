@@ -42,7 +42,7 @@ def linear(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     x, weights = x.contiguous(), _alike(weights)
     out = [x.new_empty(*x.shape[:-1], len(weight)) for weight in weights]
     tokens, inputs = _sizes(x)
-    function = _function("linear", weights[0].dtype, "pPPPnnn")
+    function = _function("linear", weights[0].dtype, "ppppnnn")
     function(x.data_ptr(), _places(weights), _places(out), _outputs(weights), len(weights), tokens, inputs, _threads())
     return out
 
@@ -55,7 +55,7 @@ def linear_backward(grad: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor]
     grad_x, grad_weights = torch.empty_like(x), [torch.empty_like(w, dtype=torch.float32) for w in weights]
     tokens, inputs = _sizes(x)
     places = _places(grad), x.data_ptr(), _places(weights), grad_x.data_ptr(), _places(grad_weights)
-    function = _function("linear_backward", weights[0].dtype, "PpPpPPnnn")
+    function = _function("linear_backward", weights[0].dtype, "ppppppnnn")
     function(*places, _outputs(weights), len(weights), tokens, inputs, _threads())
     return grad_x, grad_weights
 
@@ -102,11 +102,11 @@ def _sizes(x: Tensor) -> tuple[int, int]:
 
 @functools.cache
 def _function(name: str, dtype: torch.dtype, types: str) -> Callable[..., Any]:
-    """One that takes a pointer, an array or a number for each letter, and a number of threads."""
+    """One that takes a pointer (p) or a number (n) for each letter, and how many threads there are."""
     kernel = library("linear")
     assert kernel is not None, "ask whether it is available"
     function = kernel[f"{name}_{str(dtype).removeprefix('torch.')}"]
-    kinds = {"p": ctypes.c_void_p, "P": ctypes.c_void_p, "n": ctypes.c_int64}
+    kinds = {"p": ctypes.c_void_p, "n": ctypes.c_int64}
     function.argtypes, function.restype = [*(kinds[t] for t in types), ctypes.c_int], None
     return function
 
