@@ -21,7 +21,7 @@ from gemlet.config import FULL, SLIDING, ModelConfig
 from gemlet.decoder import SPARE, Decoder
 from gemlet.errors import GemletError
 from gemlet.folder import EMBEDDING, HEAD
-from gemlet.model import Gemma, rope, rotate
+from gemlet.model import Gemma, rope
 from gemlet.quantise import matrix_format, pack
 from gemlet.sampling import HUGE, TINY, Draws, SamplingParams, checked, draws
 
@@ -246,18 +246,20 @@ class BatchDecoder(TorchDecoder):
         for block, kind, cache in zip(blocks, config.layers, self.cache.layers, strict=True):
             part = block.self_attn
             h = block.input_layernorm(x)
+            q, k, v = (p(h).view(1, S, -1, config.head_dim) for p in (part.q_proj, part.k_proj, part.v_proj))
             q, k, v = (
-                p(h).view(S, -1, config.head_dim).transpose(0, 1) for p in (part.q_proj, part.k_proj, part.v_proj)
-            )
-            q, k = rotate(part.q_norm(q), ropes[kind]), rotate(part.k_norm(k), ropes[kind])  # [heads, S, H]
+                part.q_norm(q, ropes[kind])[0],
+                part.k_norm(k, ropes[kind])[0],
+                v[0].transpose(0, 1),
+            )  # [heads, S, H]
             at = (torch.arange(S, device=x.device), slice(None), positions % cache.k.shape[2])
             for memory, new in ((cache.k, k), (cache.v, v)):
                 memory[at] = torch.where(active[:, None, None] > 0, new.transpose(0, 1).to(memory.dtype), memory[at])
             q = q.transpose(0, 1)[:, :, None].to(cache.k.dtype)  # [S, N, 1, H]
             how = {"attn_mask": masks[kind], "scale": part.scale, "enable_gqa": True}
             y = F.scaled_dot_product_attention(q, cache.k, cache.v, **how)
-            x = x + block.post_attention_layernorm(part.o_proj(y.reshape(S, -1).to(x.dtype)))
-            x = x + block.post_feedforward_layernorm(block.mlp(block.pre_feedforward_layernorm(x)))
+            x = block.post_attention_layernorm(part.o_proj(y.reshape(S, -1).to(x.dtype)), onto=x)
+            x = block.post_feedforward_layernorm(block.mlp(block.pre_feedforward_layernorm(x)), onto=x)
         return self.model.head(backbone.norm(x))
 
     def _visible(self, positions: Tensor, kind: str) -> Tensor:

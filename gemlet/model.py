@@ -23,6 +23,7 @@ from gemlet.attention import attention
 from gemlet.cache import KVCache, LayerCache
 from gemlet.config import FULL, SLIDING, ModelConfig
 from gemlet.geglu import geglu
+from gemlet.kernels import norm as kernel
 from gemlet.linear import feed_forward, linear, linears, together
 
 Rope = tuple[Tensor, Tensor]
@@ -36,11 +37,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., size] -> [..., size], in x's dtype."""
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """[..., size] -> [..., size], in x's dtype, added to `onto` if there is one."""
+        if kernel.available(x.device.type, x.dtype, x.shape[-1]):
+            return kernel.rms_norm(x, self.weight, onto, self.eps)
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * (1 + self.weight.float())).to(x.dtype)
+        y = (y * (1 + self.weight.float())).to(x.dtype)
+        return y if onto is None else onto + y
 
 
 class Linear(nn.Module):
@@ -78,6 +82,16 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     return (halves * cos + halves.flip(-2) * sin).flatten(-2).to(x.dtype)
 
 
+class HeadNorm(RMSNorm):
+    """RMSNorm of each head of the queries or keys (QK-norm), which RoPE then turns."""
+
+    def forward(self, x: Tensor, rope: Rope) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """[B, T, heads, H] -> [B, heads, T, H]."""
+        if kernel.available(x.device.type, x.dtype, x.shape[-1] // 2):
+            return kernel.norm_and_turn(x, self.weight, *rope, self.eps)
+        return rotate(super().forward(x).transpose(1, 2), rope)
+
+
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) with normalised queries and keys."""
 
@@ -89,8 +103,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(D, config.num_key_value_heads * H)
         self.v_proj = Linear(D, config.num_key_value_heads * H)
         self.o_proj = Linear(config.num_attention_heads * H, D)
-        self.q_norm = RMSNorm(H, config.rms_norm_eps)
-        self.k_norm = RMSNorm(H, config.rms_norm_eps)
+        self.q_norm = HeadNorm(H, config.rms_norm_eps)
+        self.k_norm = HeadNorm(H, config.rms_norm_eps)
 
     def forward(
         self,
@@ -107,8 +121,7 @@ class Attention(nn.Module):
         weights = [p.weight for p in projections]
         projected = linears(x, *weights) if together(x, *weights) else [p(x) for p in projections]
         q, k, v = (y.view(B, T, -1, self.head_dim) for y in projected)
-        q = rotate(self.q_norm(q).transpose(1, 2), rope)  # [B, N, T, H]
-        k = rotate(self.k_norm(k).transpose(1, 2), rope)  # [B, K, T, H]
+        q, k = self.q_norm(q, rope), self.k_norm(k, rope)  # [B, N, T, H], [B, K, T, H]
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, start)  # [B, K, S, H]
@@ -159,8 +172,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """[B, T, D] -> [B, T, D]. What makes a layer slide, its rope and its window, come from outside."""
         attended = self.self_attn(self.input_layernorm(x), rope, window, cache, start, starts)
-        x = x + self.post_attention_layernorm(attended)
-        return x + self.post_feedforward_layernorm(self._mlp(self.pre_feedforward_layernorm(x)))
+        x = self.post_attention_layernorm(attended, onto=x)
+        return self.post_feedforward_layernorm(self._mlp(self.pre_feedforward_layernorm(x)), onto=x)
 
     def _mlp(self, x: Tensor) -> Tensor:
         if not self.recomputes_mlp:

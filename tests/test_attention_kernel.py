@@ -159,7 +159,8 @@ def test_torch_knows_what_it_does():
     tensors = [x.requires_grad_() for x in inputs(40, 40)[:3]]
     first = (torch.arange(40) - 9).clamp(min=0)[None]
     torch.library.opcheck(kernel.attention, (*tensors, first, 0.3), rtol=0.05, atol=0.05)
-    out, logsumexp = kernel.attention(*tensors, first, 0.3)
+    q, k, v = tensors
+    out, logsumexp = kernel.attention(q, k, v, first, 0.3)
     grad = torch.ones_like(out)
     qkv = [x.detach() for x in tensors]
     torch.library.opcheck(kernel.attention_backward, (grad, *qkv, first, out.detach(), logsumexp, 0.3))

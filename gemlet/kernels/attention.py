@@ -3,18 +3,14 @@
 `gemlet.attention` has the contract, the reference and the ways for all else.
 """
 
-import ctypes
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from gemlet.kernels.build import library
+from gemlet.kernels.operation import call, differentiable, operation
 
 WIDTHS = range(32, 1025, 32)
 """The head dimensions that it can do: whole tiles, and a row of zeros that stands in for what is missing."""
-
-POINTER, SIZE = ctypes.c_void_p, ctypes.c_int64
 
 
 @torch.compiler.assume_constant_result
@@ -26,7 +22,7 @@ def available(device_type: str, dtype: torch.dtype, head_dim: int) -> bool:
     return kernel is not None and bool(kernel.can_attend())
 
 
-@torch.library.custom_op("gemlet::attention", mutates_args=())
+@operation
 def attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attention in which a query sees the keys from `first` ([1 or B, T], never falling) up to its own position.
 
@@ -39,7 +35,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float) -> t
     return out, logsumexp
 
 
-@torch.library.custom_op("gemlet::attention_backward", mutates_args=())
+@operation
 def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor, out: Tensor, logsumexp: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,16 +54,9 @@ def _call(
     B, N, T, H = q.shape
     K, S = k.shape[1:3]
     assert first.dtype == torch.int64 and first.shape[1] == T and len(first) in (1, B)
-    kernel = library("attention")
-    assert kernel is not None, "ask whether it is available"
-    shape = (B, N, K, T, S, H, first.stride(0) if len(first) > 1 else 0)
+    shape = [B, N, K, T, S, H, first.stride(0) if len(first) > 1 else 0]
     strides = [stride for x in (q, k, v, *more) for stride in x.stride()[:3]]
-    places = [POINTER(x.data_ptr()) for x in (q, k, v, first, *sums, *more)]
-    kernel[name](_sizes(shape), _sizes(strides), ctypes.c_float(scale), *places, torch.get_num_threads())
-
-
-def _sizes(numbers) -> ctypes.Array:
-    return (SIZE * len(numbers))(*numbers)
+    call("attention", name, shape, strides, scale, q, k, v, first, *sums, *more)
 
 
 def like_heads(x: Tensor) -> Tensor:
@@ -76,24 +65,13 @@ def like_heads(x: Tensor) -> Tensor:
     return x.new_empty(B, T, N, H).transpose(1, 2)
 
 
-@attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return like_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@attention_backward.register_fake
-def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor, out: Tensor, logsumexp: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return like_heads(q), like_heads(k), like_heads(v)
-
-
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:4], *output)
     ctx.mark_non_differentiable(output[1])
     ctx.scale = inputs[4]
 
 
-@partial(attention.register_autograd, setup_context=_save)
+@differentiable(attention, _save)
 def _(ctx, grad: Tensor, _: Tensor | None):
-    return *attention_backward(grad, *ctx.saved_tensors, ctx.scale), None, None
+    q, k, v, first, out, logsumexp = ctx.saved_tensors
+    return *attention_backward(grad, q, k, v, first, out, logsumexp, ctx.scale), None, None

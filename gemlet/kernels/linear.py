@@ -3,16 +3,13 @@
 `gemlet.linear` has the way for all else, its reference.
 """
 
-import ctypes
-import functools
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from gemlet.kernels.build import library
+from gemlet.kernels.operation import call, differentiable, of_dtype, operation
 
 ALIGNED = 32
 """All dimensions of weights are multiples of this; fewer tokens are not worth packing the weights for."""
@@ -36,31 +33,28 @@ def fits(x: Tensor, *weights: Tensor) -> bool:
     return aligned and all(w.dtype in DTYPES for w in weights) and x.numel() >= ALIGNED * x.shape[-1]
 
 
-@torch.library.custom_op("gemlet::linear", mutates_args=())
+@operation
 def linear(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     """x [..., inputs] in bf16 @ weight [outputs, inputs].T for each weight, whose numbers become bf16 on the way."""
     x, weights = x.contiguous(), _alike(weights)
     out = [x.new_empty(*x.shape[:-1], len(weight)) for weight in weights]
-    tokens, inputs = _sizes(x)
-    function = _function("linear", weights[0].dtype, "ppppnnn")
-    function(x.data_ptr(), _places(weights), _places(out), _outputs(weights), len(weights), tokens, inputs, _threads())
+    name = of_dtype("linear", weights[0].dtype)
+    call("linear", name, x, weights, out, [len(w) for w in weights], len(weights), *_sizes(x))
     return out
 
 
-@torch.library.custom_op("gemlet::linear_backward", mutates_args=())
+@operation
 def linear_backward(grad: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """The gradients of x, and of the weights in float32, from those of the results, [..., outputs] in bf16."""
     x, weights, grad = x.contiguous(), _alike(weights), _alike(grad)
     assert all(g.shape == (*x.shape[:-1], len(w)) for g, w in zip(grad, weights, strict=True)), "those of the results"
     grad_x, grad_weights = torch.empty_like(x), [torch.empty_like(w, dtype=torch.float32) for w in weights]
-    tokens, inputs = _sizes(x)
-    places = _places(grad), x.data_ptr(), _places(weights), grad_x.data_ptr(), _places(grad_weights)
-    function = _function("linear_backward", weights[0].dtype, "ppppppnnn")
-    function(*places, _outputs(weights), len(weights), tokens, inputs, _threads())
+    name, outputs = of_dtype("linear_backward", weights[0].dtype), [len(w) for w in weights]
+    call("linear", name, grad, x, weights, grad_x, grad_weights, outputs, len(weights), *_sizes(x))
     return grad_x, grad_weights
 
 
-@torch.library.custom_op("gemlet::feed_forward", mutates_args=())
+@operation
 def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """down(gelu(gate(x)) * up(x)) for x [..., D] in bf16, with weights [F, D], [F, D] and [D, F].
 
@@ -68,13 +62,12 @@ def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Ten
     """
     x, weights = x.contiguous(), _alike((gate, up, down))
     out, gate_states, up_states = (x.new_empty(*x.shape[:-1], n) for n in (len(down), len(gate), len(up)))
-    function = _function("feed_forward", gate.dtype, "pppppppnnn")
-    places = (t.data_ptr() for t in (x, *weights, gate_states, up_states, out))
-    function(*places, *_sizes(x), len(gate), _threads())
+    name = of_dtype("feed_forward", gate.dtype)
+    call("linear", name, x, *weights, gate_states, up_states, out, *_sizes(x), len(gate))
     return out, gate_states, up_states
 
 
-@torch.library.custom_op("gemlet::feed_forward_backward", mutates_args=())
+@operation
 def feed_forward_backward(
     grad: Tensor, x: Tensor, gate_states: Tensor, up_states: Tensor, gate: Tensor, up: Tensor, down: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -83,9 +76,8 @@ def feed_forward_backward(
     assert grad.shape == x.shape, "that of the result"
     grad_x = torch.empty_like(states[1])
     grad_gate, grad_up, grad_down = (torch.empty_like(w, dtype=torch.float32) for w in weights)
-    function = _function("feed_forward_backward", gate.dtype, "pppppppppppnnn")
-    places = (t.data_ptr() for t in (*states, *weights, grad_x, grad_gate, grad_up, grad_down))
-    function(*places, *_sizes(x), len(gate), _threads())
+    name = of_dtype("feed_forward_backward", gate.dtype)
+    call("linear", name, *states, *weights, grad_x, grad_gate, grad_up, grad_down, *_sizes(x), len(gate))
     return grad_x, grad_gate, grad_up, grad_down
 
 
@@ -100,54 +92,11 @@ def _sizes(x: Tensor) -> tuple[int, int]:
     return x.numel() // x.shape[-1], x.shape[-1]
 
 
-@functools.cache
-def _function(name: str, dtype: torch.dtype, types: str) -> Callable[..., Any]:
-    """One that takes a pointer (p) or a number (n) for each letter, and how many threads there are."""
-    kernel = library("linear")
-    assert kernel is not None, "ask whether it is available"
-    function = kernel[f"{name}_{str(dtype).removeprefix('torch.')}"]
-    kinds = {"p": ctypes.c_void_p, "n": ctypes.c_int64}
-    function.argtypes, function.restype = [*(kinds[t] for t in types), ctypes.c_int], None
-    return function
-
-
-def _places(tensors: Sequence[Tensor]) -> ctypes.Array:
-    return (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
-
-
-def _outputs(weights: Sequence[Tensor]) -> ctypes.Array:
-    return (ctypes.c_int64 * len(weights))(*map(len, weights))
-
-
-def _threads() -> int:
-    return torch.get_num_threads()
-
-
-@linear.register_fake
-def _(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    return [x.new_empty(*x.shape[:-1], len(weight)) for weight in weights]
-
-
-@linear_backward.register_fake
-def _(grad: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    return x.new_empty(x.shape), [w.new_empty(w.shape, dtype=torch.float32) for w in weights]
-
-
-@feed_forward.register_fake
-def _(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(*x.shape[:-1], len(gate)), x.new_empty(*x.shape[:-1], len(up))
-
-
-@feed_forward_backward.register_fake
-def _(grad: Tensor, x: Tensor, _: Tensor, __: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    return x.new_empty(x.shape), *(w.new_empty(w.shape, dtype=torch.float32) for w in weights)
-
-
 def _save_linear(ctx, inputs: tuple[Tensor, list[Tensor]], output: list[Tensor]) -> None:
     ctx.save_for_backward(inputs[0], *inputs[1])
 
 
-@partial(linear.register_autograd, setup_context=_save_linear)
+@differentiable(linear, _save_linear)
 def _(ctx, grad: list[Tensor]):
     x, *weights = ctx.saved_tensors
     grad_x, grad_weights = linear_backward(grad, x, weights)
@@ -160,7 +109,7 @@ def _save_feed_forward(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, ..
     ctx.mark_non_differentiable(*output[1:])
 
 
-@partial(feed_forward.register_autograd, setup_context=_save_feed_forward)
+@differentiable(feed_forward, _save_feed_forward)
 def _(ctx, grad: Tensor, *_: Tensor | None):
     grad_x, *grad_weights = feed_forward_backward(grad, *ctx.saved_tensors)
     return grad_x, *(g.to(w.dtype) for g, w in zip(grad_weights, ctx.saved_tensors[3:], strict=True))

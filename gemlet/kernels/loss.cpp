@@ -199,7 +199,7 @@ int can_multiply() { return CAN_MULTIPLY; }
 // The sum of -log p(target) in nats over the tokens whose target is not `ignore`; their gradients, where asked for.
 double cross_entropy(
     const Bfloat16* hidden, const Bfloat16* weight, const int64_t* targets, Bfloat16* powers, Bfloat16* grad_hidden,
-    float* grad_weight, int64_t tokens, int64_t vocabulary, int64_t width, int64_t ignore, int fresh, int threads) {
+    float* grad_weight, int64_t tokens, int64_t vocabulary, int64_t width, int64_t ignore, int64_t fresh, int threads) {
     std::vector<int64_t> scored(up(tokens, SIDE), NONE);
     std::replace_copy(targets, targets + tokens, scored.begin(), ignore, NONE);
     Chunk chunk{hidden, weight, powers, tokens, vocabulary, width, threads, std::move(scored)};

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from gemlet.kernels.build import library
+from gemlet.kernels.operation import call
 
 ALIGNED = 32
 """The width is a multiple of this, and so many tokens are computed at a time."""
-
-POINTER, SIZE = ctypes.c_void_p, ctypes.c_int64
 
 
 @torch.compiler.assume_constant_result
@@ -60,13 +59,9 @@ def cross_entropy(
         assert gradient is None or (gradient.is_contiguous() and gradient.shape == of.shape and gradient.dtype == dtype)
     assert (grad_hidden is None) == (grad_weight is None), "both gradients or none"
     assert grad_weight is None or grad_weight.data_ptr() % 64 == 0, "vectors are added to it where they lie"
-    kernel = library("loss")
-    assert kernel is not None, "ask whether it is available"
-    kernel.cross_entropy.restype = ctypes.c_double
     tensors = (hidden, weight, targets.contiguous(), buffer, grad_hidden, grad_weight)
-    places = [POINTER(None if x is None else x.data_ptr()) for x in tensors]
-    sizes = [SIZE(x) for x in (len(hidden), len(weight), hidden.shape[1], ignore)]
-    return torch.tensor(kernel.cross_entropy(*places, *sizes, int(fresh), torch.get_num_threads()), dtype=torch.float32)
+    sizes = (len(hidden), len(weight), hidden.shape[1], ignore, int(fresh))
+    return torch.tensor(call("loss", "cross_entropy", *tensors, *sizes, result=ctypes.c_double), dtype=torch.float32)
 
 
 @cross_entropy.register_fake

@@ -6,33 +6,15 @@
 //
 // gemlet/kernels/train.py calls the functions at the end. Nothing is checked here.
 
+#include "numbers.h"
+
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
 namespace {
 
 // ---- numbers
-
-template <class To, class From>
-inline To bits(From x) {
-    To result;
-    std::memcpy(&result, &x, sizeof result);
-    return result;
-}
-
-typedef uint16_t Bfloat16;
-
-inline float widened(float x) { return x; }
-inline float widened(Bfloat16 x) { return bits<float>(uint32_t(x) << 16); }
-
-inline void put(float x, float& into) { into = x; }
-inline void put(float x, Bfloat16& into) {  // the nearest, an even one of two
-    const uint32_t b = bits<uint32_t>(x);
-    into = Bfloat16((b + 0x7fff + (b >> 16 & 1)) >> 16);
-}
 
 // The coefficients of the Taylor series of 2^x.
 constexpr float series(int k) {
