@@ -74,12 +74,13 @@ struct Block {
     bool sees(Index group, Index panel) const { return low[group] <= panel && panel < high[group]; }
 
     const Bfloat16* at(const Tensor<const Bfloat16>& x, Index row) const { return x.at(batch, head(row), query(row)); }
-    // A group, and of its width what begins at w.
-    auto rows(const Tensor<const Bfloat16>& x, Index group, Index w) const {
-        return [this, group, w, &x](Index i) {
-            const Index row = group * SIDE + i;
-            return row < count ? at(x, row) + w : ZEROS;
-        };
+    // The rows of a group; pack(w, row) is to take of their width what begins at w.
+    template <class Pack>
+    void for_width(const Tensor<const Bfloat16>& x, Index group, const Pack& pack) const {
+        const Bfloat16* begin[SIDE] = {};  // found once: it takes divisions
+        for (Index i = 0; i < std::min(SIDE, count - group * SIDE); i++) begin[i] = at(x, group * SIDE + i);
+        for (Index w = 0; w < problem.width; w += SIDE)
+            pack(w, [&](Index i) { return begin[i] ? begin[i] + w : ZEROS; });
     }
     // Of the scores of a group and a panel makes nothing those of keys that are not seen.
     void hide(float* scores, Index group, Index panel) const {
@@ -147,8 +148,9 @@ struct Softmax {
 void forward_block(const Block& block, const Bfloat16* keys, const Bfloat16* values, Softmax& s) {
     const Problem& p = block.problem;
     for (Index g = 0; g < block.groups; g++)
-        for (Index w = 0; w < p.width; w += SIDE)
-            as_left(block.rows(p.q, g, w), s.q + g * SIDE * p.width + w * SIDE);
+        block.for_width(p.q, g, [&](Index w, const auto& row) {
+            as_left(row, s.q + g * SIDE * p.width + w * SIDE);
+        });
     std::fill(s.top + 0, s.top + block.groups * SIDE, NOTHING);
     std::fill(s.total + 0, s.total + block.groups * SIDE, 0.0f);
     for (Index chunk = block.low[0], end = block.high.back(); chunk < end; chunk += KEYS / SIDE) {
@@ -275,13 +277,14 @@ struct Backward {
 
     // What is needed of a group's rows.
     void pack(const Block& block, Index g) {
-        for (Index w = 0; w < p.width; w += SIDE) {
-            const Index left = g * SIDE * p.width + w * SIDE, right = w * rows + g * SQUARE;
-            as_left(block.rows(p.q, g, w), q + left);
-            as_left(block.rows(of.grad, g, w), grad + left);
-            as_right(block.rows(p.q, g, w), q_right + right);
-            as_right(block.rows(of.grad, g, w), grad_right + right);
-        }
+        const auto both = [&](const Tensor<const Bfloat16>& x, Bfloat16* left, Bfloat16* right) {
+            block.for_width(x, g, [&](Index w, const auto& row) {
+                as_left(row, left + g * SIDE * p.width + w * SIDE);
+                as_right(row, right + w * rows + g * SQUARE);
+            });
+        };
+        both(p.q, q, q_right);
+        both(of.grad, grad, grad_right);
         for (Index row = g * SIDE; row < (g + 1) * SIDE; row++) {
             const Index r = std::min(row, block.count - 1);
             const Bfloat16 *const x = block.at(of.out, r), *const y = block.at(of.grad, r);
