@@ -399,6 +399,8 @@ void feed_forward_backward(
                     first, last, width, inner, left, down_right,
                     [&](Index row, Index column, const Bfloat16* left, const Bfloat16* right) {
                         float* const above = sums + turn * SQUARE;
+                        prefetch(gate_states, row, column);
+                        prefetch(up_states, row, column);
                         multiply(left, right, width / SIDE, above, SIDE, true, [&] { behind.rows(at_a_time); });
                         behind.next({row, column, above, both + (row - first) * 2 * inner + column * SIDE});
                         turn = !turn;

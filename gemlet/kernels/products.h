@@ -96,15 +96,25 @@ inline void multiply(
         _tile_loadd(2, sums + 16 * stride, bytes);
         _tile_loadd(3, sums + 16 * stride + 16, bytes);
     }
+    // What comes from the second cache comes half as fast: squares are brought nearer two turns ahead.
+    const auto fetch = [&](Index quarter) {
+#pragma GCC unroll 8
+        for (Index i = 0; i < SQUARE / 4; i += 32)
+            _mm_prefetch(right + 2 * SQUARE + quarter * SQUARE / 4 + i, _MM_HINT_T0);
+    };
     for (Index i = 0; i < squares; i++, left += SQUARE, right += SQUARE) {
         _tile_loadd(4, left, 2 * SIDE);
         _tile_loadd(6, right, 4 * SIDE);
         _tile_loadd(7, right + SIDE, 4 * SIDE);
         _tile_loadd(5, left + SQUARE / 2, 2 * SIDE);
         _tile_dpbf16ps(0, 4, 6);
+        fetch(0);
         _tile_dpbf16ps(1, 4, 7);
+        fetch(1);
         _tile_dpbf16ps(2, 5, 6);
+        fetch(2);
         _tile_dpbf16ps(3, 5, 7);
+        fetch(3);
         meanwhile();
     }
     _tile_stored(0, sums, bytes);
