@@ -51,6 +51,12 @@ auto rows_of(const Problem& p, const Tensor<const Bfloat16>& x, Index batch, Ind
     return [=, &p, &x](Index i) { return key + i < p.keys ? x.at(batch, head, key + i) + w : ZEROS; };
 }
 
+void write(const float* x, float factor, Bfloat16* row, Index width) {
+    for (Index w = 0; w < width; w += 16)
+        _mm256_storeu_si256(
+            (__m256i*)(row + w), narrowed(_mm512_mul_ps(_mm512_loadu_ps(x + w), _mm512_set1_ps(factor))));
+}
+
 // The rows of one key head for some queries, padded by rows of zeros that see nothing.
 struct Block {
     const Problem& problem;
@@ -94,11 +100,6 @@ struct Block {
                                          _mm512_cmp_epi32_mask(at, _mm512_set1_epi32(end[i]), _MM_CMPINT_NLT);
                 _mm512_mask_store_ps(scores + i * SIDE + j, hidden, _mm512_set1_ps(NOTHING));
             }
-    }
-    void write(const float* x, float factor, Bfloat16* row) const {
-        for (Index w = 0; w < problem.width; w += 16)
-            _mm256_storeu_si256(
-                (__m256i*)(row + w), narrowed(_mm512_mul_ps(_mm512_loadu_ps(x + w), _mm512_set1_ps(factor))));
     }
 };
 
@@ -202,7 +203,7 @@ void forward(const Problem& p, const Tensor<Bfloat16>& out, float* logsumexp) {
             forward_block(block, keys + head * size, values + head * size, softmax);
             for (Index r = 0; r < block.count; r++) {
                 const Index h = block.head(r), query = block.query(r);
-                block.write(softmax.out + r * p.width, 1 / softmax.total[r], out.at(block.batch, h, query));
+                write(softmax.out + r * p.width, 1 / softmax.total[r], out.at(block.batch, h, query), p.width);
                 logsumexp[(block.batch * p.heads + h) * p.queries + query] =
                     softmax.top[r] * p.scale + std::log(softmax.total[r]);
             }
@@ -238,39 +239,39 @@ struct Backward {
     Array<float> logsumexp{rows}, inner{rows};  // in units of ln 2; the products of a result and its gradient
 
     void run() {
-#pragma omp parallel for num_threads(threads)
-        for (Index key = 0; key < p.padded(); key += SIDE) {
-            for (Index w = 0; w < p.width; w += SIDE) {
-                const Index at = key * p.width + w * SIDE;
-                turned_as_right(rows_of(p, p.k, batch, key_head, key, w), keys_turned + at);
-                turned_as_right(rows_of(p, p.v, batch, key_head, key, w), values_turned + at);
-                as_right(rows_of(p, p.k, batch, key_head, key, w), keys + w * p.padded() + key * SIDE);
-            }
-            std::fill(grad_k + key * p.width, grad_k + (key + SIDE) * p.width, 0.0f);
-            std::fill(grad_v + key * p.width, grad_v + (key + SIDE) * p.width, 0.0f);
-        }
-        for (Index start = 0; start < p.queries; start += queries) {
-            const Block block(p, batch, key_head, start, queries);
-            for (Index chunk = block.low[0], end = block.high.back(); chunk < end; chunk += BACKWARD_KEYS / SIDE) {
-                const Index chunk_end = std::min(end, chunk + BACKWARD_KEYS / SIDE);
 #pragma omp parallel num_threads(threads)
-                {
-                    const Tiles tiles;
-                    const Index me = omp_get_thread_num(), all = omp_get_num_threads();
-                    const Index first = block.groups * me / all, last = block.groups * (me + 1) / all;
-                    if (chunk == block.low[0])
-                        for (Index g = first; g < last; g++) pack(block, g);
+        {
+            const Tiles tiles;
+            const Index me = omp_get_thread_num(), all = omp_get_num_threads();
+#pragma omp for
+            for (Index key = 0; key < p.padded(); key += SIDE) {
+                for (Index w = 0; w < p.width; w += SIDE) {
+                    const Index at = key * p.width + w * SIDE;
+                    turned_as_right(rows_of(p, p.k, batch, key_head, key, w), keys_turned + at);
+                    turned_as_right(rows_of(p, p.v, batch, key_head, key, w), values_turned + at);
+                    as_right(rows_of(p, p.k, batch, key_head, key, w), keys + w * p.padded() + key * SIDE);
+                }
+                std::fill(grad_k + key * p.width, grad_k + (key + SIDE) * p.width, 0.0f);
+                std::fill(grad_v + key * p.width, grad_v + (key + SIDE) * p.width, 0.0f);
+            }
+            for (Index start = 0; start < p.queries; start += queries) {
+                const Block block(p, batch, key_head, start, queries);
+                const Index first = block.groups * me / all, last = block.groups * (me + 1) / all;
+                for (Index g = first; g < last; g++) pack(block, g);
+                for (Index chunk = block.low[0], end = block.high.back(); chunk < end; chunk += BACKWARD_KEYS / SIDE) {
+                    const Index chunk_end = std::min(end, chunk + BACKWARD_KEYS / SIDE);
                     by_rows(block, first, last, chunk, chunk_end);
 #pragma omp barrier
                     for (Index panel = chunk + me; panel < chunk_end; panel += all) by_keys(block, panel, chunk);
+#pragma omp barrier
                 }
+                for (Index r = first * SIDE; r < std::min(last * SIDE, block.count); r++)
+                    write(grad_q + r * p.width, p.scale, of.q.at(batch, block.head(r), block.query(r)), p.width);
             }
-            for (Index r = 0; r < block.count; r++)
-                block.write(grad_q + r * p.width, p.scale, of.q.at(batch, block.head(r), block.query(r)));
-            if (start + queries < p.queries) continue;
+#pragma omp for
             for (Index key = 0; key < p.keys; key++) {
-                block.write(grad_k + key * p.width, p.scale, of.k.at(batch, key_head, key));
-                block.write(grad_v + key * p.width, 1, of.v.at(batch, key_head, key));
+                write(grad_k + key * p.width, p.scale, of.k.at(batch, key_head, key), p.width);
+                write(grad_v + key * p.width, 1, of.v.at(batch, key_head, key), p.width);
             }
         }
     }
