@@ -256,7 +256,9 @@ struct Backward {
             }
             for (Index start = 0; start < p.queries; start += queries) {
                 const Block block(p, batch, key_head, start, queries);
-                const Index first = block.groups * me / all, last = block.groups * (me + 1) / all;
+                // A thread has the same places in every block, so that nobody writes what another one still reads.
+                const auto share = [&](Index part) { return std::min(block.groups, rows / SIDE * part / all); };
+                const Index first = share(me), last = share(me + 1);
                 for (Index g = first; g < last; g++) pack(block, g);
                 for (Index chunk = block.low[0], end = block.high.back(); chunk < end; chunk += BACKWARD_KEYS / SIDE) {
                     const Index chunk_end = std::min(end, chunk + BACKWARD_KEYS / SIDE);
