@@ -23,6 +23,7 @@ FLAGS_OF = {
     "linear": "-fopenmp -ffp-contract=fast",
     "loss": "-fopenmp -ffp-contract=fast",
     "norm": "-fopenmp -ffp-contract=fast -fno-trapping-math",  # GCC makes no vectors of what might trap, for AVX2
+    "polar": "-fopenmp -ffp-contract=fast",
     "train": "-fopenmp -ffp-contract=fast -fno-trapping-math",
 }
 SECONDS = 120

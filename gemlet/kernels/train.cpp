@@ -14,7 +14,7 @@
 
 namespace {
 
-// ---- numbers
+// ---- e^x
 
 // The coefficients of the Taylor series of 2^x.
 constexpr float series(int k) {
