@@ -247,11 +247,8 @@ class BatchDecoder(TorchDecoder):
             part = block.self_attn
             h = block.input_layernorm(x)
             q, k, v = (p(h).view(1, S, -1, config.head_dim) for p in (part.q_proj, part.k_proj, part.v_proj))
-            q, k, v = (
-                part.q_norm(q, ropes[kind])[0],
-                part.k_norm(k, ropes[kind])[0],
-                v[0].transpose(0, 1),
-            )  # [heads, S, H]
+            q, k = part.q_norm(q, ropes[kind])[0], part.k_norm(k, ropes[kind])[0]  # [heads, S, H]
+            v = v[0].transpose(0, 1)
             at = (torch.arange(S, device=x.device), slice(None), positions % cache.k.shape[2])
             for memory, new in ((cache.k, k), (cache.v, v)):
                 memory[at] = torch.where(active[:, None, None] > 0, new.transpose(0, 1).to(memory.dtype), memory[at])

@@ -195,7 +195,7 @@ void norm_and_turn_backward(
     void norm_and_turn_##name(                                                                                         \
         const T* x, const float* weight, const float* cosine, const float* sine, T* out, int64_t rows, int64_t size,   \
         float eps, int64_t heads, int64_t tokens, int threads) {                                                       \
-        norm_and_turn(x, weight, {cosine, sine, heads, tokens}, out, rows, size, eps, threads);                          \
+        norm_and_turn(x, weight, {cosine, sine, heads, tokens}, out, rows, size, eps, threads);                        \
     }                                                                                                                  \
     void norm_and_turn_backward_##name(                                                                                \
         const T* grad, const T* x, const float* weight, const float* cosine, const float* sine, T* grad_x,             \
