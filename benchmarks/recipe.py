@@ -27,6 +27,7 @@ from gemlet.config import DataConfig, ModelConfig, TrainConfig, preset
 from gemlet.data import TokenStream, batch, document_starts
 from gemlet.device import DTYPES, pick_precision
 from gemlet.evaluate import evaluate_tokens
+from gemlet.kernels import muon
 from gemlet.loss import linear_cross_entropy
 from gemlet.model import Gemma, init_weights
 from gemlet.optim import Muon, lr_at, make_optimizers, set_lr
@@ -35,7 +36,7 @@ from gemlet.tokenizer import Tokenizer
 
 VOCABULARY = 2048
 T = 256
-EVENED = Muon.evened
+EVENED, AVAILABLE = Muon.evened, muon.available
 JORDAN = ((3.4445, -4.7750, 2.0315),)
 """The polynomial of Newton and Schulz as Muon began with it (Jordan et al. 2024)."""
 CURVE_DOCUMENTS = 40
@@ -195,6 +196,7 @@ def run(name: str, seed: int, tokens: int, model_name: str, data: Path, compiled
             block.compile(dynamic=False)
     optimizers = make_optimizers(model, config)
     gemlet.optim.POLYNOMIALS = recipe.polynomials
+    muon.available = AVAILABLE if recipe.evened else lambda x: False  # only plain torch can do without
     Muon.evened = EVENED if recipe.evened else lambda self, params, updates: updates.new_ones(1)
     if recipe.decays_all:
         for optimizer in optimizers:

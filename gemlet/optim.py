@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from gemlet.config import TrainConfig
 from gemlet.device import pick_precision
-from gemlet.kernels import polar as kernel
+from gemlet.kernels import muon as kernel
+from gemlet.kernels import train
 
 
 def lr_at(step: int, config: TrainConfig) -> float:
@@ -68,7 +69,7 @@ def clip(gradients: list[Tensor], most: float) -> Tensor:
 
     Nothing here waits for a GPU. On a CPU the norm is known at once, and small gradients are left alone.
     """
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = (train.norm if train.norm_available(gradients) else torch.nn.utils.get_total_norm)(gradients)
     if most and (norm.device.type != "cpu" or norm > most):
         factor = (most / (norm + 1e-6)).clamp(max=1)
         torch._foreach_mul_(gradients, torch.where(norm.isfinite(), factor, 1.0))
@@ -116,7 +117,7 @@ class Muon(torch.optim.Optimizer):
     The update of a matrix is the nearest (semi-)orthogonal matrix to its Nesterov momentum, times
     sqrt(max(1, rows / columns)). The vectors of its longer side differ in length: each is divided by the root of its
     mean square over the last steps, and the matrix keeps its norm (NorMuon, arXiv 2510.05491, where it is always the
-    rows). Matrices of one shape are stacked and orthogonalised together.
+    rows).
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, weight_decay: float):
@@ -127,26 +128,49 @@ class Muon(torch.optim.Optimizer):
         """One update of every matrix that has a gradient."""
         assert closure is None, "Muon takes no closure"
         for group in self.param_groups:
+            in_cache: list[Any] = []
             by_shape: dict[torch.Size, list[Any]] = {}
             for p in group["params"]:
-                if p.grad is not None:
+                if p.grad is None:
+                    continue
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                if kernel.available(p):
+                    in_cache.append(p)
+                else:
                     by_shape.setdefault(p.shape, []).append(p)
-            for shape, params in by_shape.items():
-                grads = [p.grad for p in params]
-                for p in params:
-                    if "momentum" not in self.state[p]:
-                        self.state[p]["momentum"] = torch.zeros_like(p)
-                momenta = [self.state[p]["momentum"] for p in params]
-                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                nesterov = grads[0].new_empty(len(params), *shape)
-                for grad, momentum, out in zip(grads, momenta, nesterov, strict=True):
-                    torch.lerp(grad, momentum, group["momentum"], out=out)
-                updates = orthogonalise(nesterov).to(nesterov.dtype)
-                rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-                updates.mul_(self.evened(params, updates) * -rate)
-                if group["weight_decay"]:
-                    torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(updates))
+            if in_cache:
+                self._update(in_cache, group)
+            for params in by_shape.values():
+                self._update_stacked(params, group)
+
+    def _update(self, params: list[Any], group: dict[str, Any]) -> None:
+        """One matrix after another, in a kernel."""
+        params = sorted(params, key=Tensor.numel, reverse=True)  # so that no thread is left alone with a large one
+        fresh = ["squares" not in self.state[p] for p in params]
+        for p in params:
+            if "squares" not in self.state[p]:
+                self.state[p]["squares"] = p.new_empty((len(p), 1) if len(p) >= p.shape[1] else (1, p.shape[1]))
+        momenta, squares = ([self.state[p][key] for p in params] for key in ("momentum", "squares"))
+        polynomials = [factor for polynomial in POLYNOMIALS for factor in polynomial]
+        kernel.update(
+            params, [p.grad for p in params], momenta, squares, fresh,
+            group["lr"], group["momentum"], group["weight_decay"], SQUARES, polynomials,
+        )  # fmt: skip
+
+    def _update_stacked(self, params: list[Any], group: dict[str, Any]) -> None:
+        """The same of matrices of one shape, in plain torch."""
+        grads, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        rows, columns = params[0].shape
+        nesterov = grads[0].new_empty(len(params), rows, columns)
+        for grad, momentum, out in zip(grads, momenta, nesterov, strict=True):
+            torch.lerp(grad, momentum, group["momentum"], out=out)
+        updates = orthogonalise(nesterov).to(nesterov.dtype)
+        updates.mul_(self.evened(params, updates) * -(group["lr"] * max(1.0, rows / columns) ** 0.5))
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, list(updates))
 
     def evened(self, params: list[Any], updates: Tensor) -> Tensor:
         """The factor that evens out updates [n, rows, columns]: [n, rows, 1], or [n, 1, columns] where these are more.
@@ -170,8 +194,6 @@ def orthogonalise(x: Tensor) -> Tensor:
 
     Singular values from 0.01 on, of a matrix of norm 1, come to between 0.71 and 1.29, smaller ones to less.
     """
-    if kernel.available(x):
-        return kernel.polar(x, [factor for polynomial in POLYNOMIALS for factor in polynomial])
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # the products are of the shorter side
     dtype = torch.bfloat16 if pick_precision("auto", x.device) == "bf16" else torch.float32

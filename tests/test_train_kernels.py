@@ -180,3 +180,23 @@ def test_a_compiled_block_is_the_block():
         model(ids).logsumexp(-1).sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(off(a, b) < 1e-4 for a, b in zip(*gradients, strict=True))
+
+
+def test_the_norm_of_gradients_is_exact_whatever_the_number_of_threads(threads):
+    random = torch.Generator().manual_seed(0)
+    shapes = [(3,), (0,), (16385,), (300, 500), (64,), (1,)]
+    gradients = [torch.randn(shape, generator=random) for shape in shapes]
+    assert train.norm_available(gradients)
+    expected = sum(g.double().square().sum() for g in gradients) ** 0.5
+    found = set()
+    for count in (1, 2, 3, 8):
+        threads(count)
+        found.add(train.norm(gradients).item())
+    assert len(found) == 1 and found.pop() == pytest.approx(float(expected), rel=1e-6)
+    gradients[3][7, 5] = torch.nan
+    assert train.norm(gradients).isnan()
+
+
+@pytest.mark.parametrize("gradient", [torch.ones(4, 6).T, torch.ones(3, dtype=torch.bfloat16)])
+def test_a_norm_of_other_gradients_is_torchs(gradient):
+    assert not train.norm_available([torch.ones(2), gradient])

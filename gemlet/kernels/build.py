@@ -22,8 +22,8 @@ FLAGS_OF = {
     "decode": "-pthread -ffp-contract=off",  # a row is the same to the last bit however the rows are cut
     "linear": "-fopenmp -ffp-contract=fast",
     "loss": "-fopenmp -ffp-contract=fast",
+    "muon": "-fopenmp -ffp-contract=fast",
     "norm": "-fopenmp -ffp-contract=fast -fno-trapping-math",  # GCC makes no vectors of what might trap, for AVX2
-    "polar": "-fopenmp -ffp-contract=fast",
     "train": "-fopenmp -ffp-contract=fast -fno-trapping-math",
 }
 SECONDS = 120

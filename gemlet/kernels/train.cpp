@@ -1,6 +1,6 @@
-// What a training step computes between its matrix products on a CPU, where exponentials are what takes the time:
-// GeGLU and its way back, the softmax of attention, that of the loss with its gradient, all in float32 from and to what
-// tensors hold.
+// What a training step computes between its matrix products on a CPU. Exponentials are what takes the time in GeGLU and
+// its way back, in the softmax of attention and in that of the loss with its gradient, all in float32 from and to what
+// tensors hold; in the norm of the gradients it is memory.
 //
 // What a place or a row becomes depends on nothing beside it, nor on the number of threads.
 //
@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -126,6 +127,36 @@ void softmax_between(
     }
 }
 
+// ---- the norm of the gradients
+
+constexpr int64_t PIECE = 1 << 14;  // numbers that are summed up in float32
+
+float squares(const float* x, int64_t size) {
+    Floats sums[4] = {};  // enough to hide how long an addition takes
+    int64_t i = 0;
+    for (; i + 4 * WIDTH <= size; i += 4 * WIDTH)
+        for (int part = 0; part < 4; part++) {
+            const Floats y = load(x + i + part * WIDTH);
+            sums[part] += y * y;
+        }
+    float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; i < size; i++) total += x[i] * x[i];
+    return total;
+}
+
+double norm(const float* const* tensors, const int64_t* sizes, int64_t count, int threads) {
+    std::vector<std::pair<const float*, int64_t>> pieces;
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t at = 0; at < sizes[i]; at += PIECE)
+            pieces.push_back({tensors[i] + at, std::min(PIECE, sizes[i] - at)});
+    std::vector<double> parts(pieces.size());
+#pragma omp parallel for num_threads(threads)
+    for (size_t i = 0; i < pieces.size(); i++) parts[i] = squares(pieces[i].first, pieces[i].second);
+    double sum = 0;
+    for (double part : parts) sum += part;
+    return std::sqrt(sum);
+}
+
 }  // namespace
 
 // ---- what Python calls, once for each type of number
@@ -157,4 +188,7 @@ void softmax_between(
 extern "C" {
 FOR(float, float32)
 FOR(Bfloat16, bfloat16)
+double norm_float32(const float* const* tensors, const int64_t* sizes, int64_t count, int threads) {
+    return norm(tensors, sizes, count, threads);
+}
 }

@@ -63,6 +63,19 @@ def softmax_between(scores: Tensor, first: Tensor, seen: int) -> None:
     call("train", of_dtype("softmax_between", scores.dtype), scores, first, stride, *scores.shape, seen)
 
 
+def norm_available(tensors: list[Tensor]) -> bool:
+    """Whether `norm` is there for these."""
+    ours = (available(x.device.type, x.dtype) and x.dtype == torch.float32 and x.is_contiguous() for x in tensors)
+    return bool(tensors) and all(ours)
+
+
+def norm(tensors: list[Tensor]) -> Tensor:
+    """The root of the sum of all squares, of tensors in float32."""
+    sizes = [x.numel() for x in tensors]
+    found = call("train", "norm_float32", tensors, sizes, len(tensors), result=ctypes.c_double)
+    return tensors[0].new_full((), 0.0 if found is None else found)  # None: tensors without data
+
+
 @softmax_to_gradient.register_fake
 def _(logits: Tensor, targets: Tensor, vocabulary: int, ignore: int) -> Tensor:
     return logits.new_empty((), dtype=torch.float32)
