@@ -4,9 +4,9 @@ One step is forward, backward, clipping and AdamW on one sequence, the shape and
 in bfloat16 where the machine multiplies it, else in float32. gemlet's blocks are compiled, as in training, and the
 peers are as they come; gemlet once more with documents that do not see each other. Every measurement is a process of
 its own: two steps to warm up, since the third is the first that finds the memory it needs, the timed one, and the most
-memory that the process ever held. A peer is left out of the lengths at which its step would take longer than
-`--patience`, going by the length before. Results join those that the JSON file holds already; the plot is drawn from
-it. `--own-time` is for a machine that others use all the time.
+memory that the process ever held. With `--rounds` all take turns, and their medians count. A peer is left out of the
+lengths at which its step would take longer than `--patience`, going by the length before. Results join those that the
+JSON file holds already; the plot is drawn from it. `--own-time` is for a machine that others use all the time.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="of the products (the faster one)")
     parser.add_argument("--patience", type=float, default=90, help="seconds that a step of a peer may take")
+    parser.add_argument("--rounds", type=int, default=1, help="turns of each")
     parser.add_argument("--own-time", action="store_true", help="processor time of one thread, not time on the wall")
     parser.add_argument("--results", type=Path, default=Path("length.json"))
     parser.add_argument("--plot", type=Path)
@@ -100,22 +102,31 @@ def main() -> None:
         return
     results: Results = json.loads(args.results.read_text()) if args.results.exists() else {}
     for length in args.lengths:
+        ways = []
         for way in args.ways:
             done = {int(n): r["seconds"] for n, r in results.get(way, {}).items() if int(n) < length}
             expected = done[max(done)] * (length / max(done)) ** 2 if done else 0
             if way in ("transformers", "litgpt") and expected > args.patience:
                 print(f"{way:<28}{length:>7} tokens: left out, it might take {expected:.0f} s", flush=True)
-                continue
-            options = ["--preset", args.preset, "--layers", str(args.layers), "--ways", way, "--lengths", str(length)]
-            options += ["--precision", args.precision]
-            options += ["--own-time"] * args.own_time
-            command = [sys.executable, "-m", "benchmarks.length", *options, "--child"]
-            run = subprocess.run(command, check=True, stdout=subprocess.PIPE)
-            result = json.loads(run.stdout.splitlines()[-1])
+            else:
+                ways.append(way)
+        turns: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+        for _ in range(args.rounds):
+            for way in ways:
+                options = ["--preset", args.preset, "--layers", str(args.layers), "--ways", way]
+                options += ["--lengths", str(length), "--precision", args.precision]
+                options += ["--own-time"] * args.own_time
+                command = [sys.executable, "-m", "benchmarks.length", *options, "--child"]
+                run = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+                turns[way].append(json.loads(run.stdout.splitlines()[-1]))
+        for way, measured in turns.items():
+            seconds = [turn["seconds"] for turn in measured]
+            result = {"seconds": median(seconds), "gib": max(turn["gib"] for turn in measured)}
             results.setdefault(way, {})[str(length)] = result
             args.results.write_text(json.dumps(results, indent=1))
-            rate = length / result["seconds"]
-            print(f"{way:<28}{length:>7} tokens: {rate:7.1f} tokens/s, {result['gib']:5.2f} GiB", flush=True)
+            rate, least, most = (length / x for x in (result["seconds"], max(seconds), min(seconds)))
+            spread = f" ({least:.1f} to {most:.1f})" if args.rounds > 1 else ""
+            print(f"{way:<28}{length:>7} tokens: {rate:7.1f} tokens/s{spread}, {result['gib']:5.2f} GiB", flush=True)
     if args.plot:
         title = f"{args.preset}, {args.layers} layers: one training step on one sequence, {args.precision}"
         plot(results, args.plot, title, args.own_time)
