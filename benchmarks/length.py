@@ -95,6 +95,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--child", action="store_true", help="measure the first way and length here, as JSON")
     args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error(f"--rounds is {args.rounds}: it is at least 1")
     config = preset(args.preset).model.replace(num_hidden_layers=args.layers, layer_types=None)
     args.precision = args.precision or pick_precision("auto", CPU)
     if args.child:
