@@ -18,12 +18,12 @@ pytestmark = pytest.mark.skipif(
 
 SHAPES = [
     (32, 32, 32), (33, 32, 64), (100, 96, 32, 64, 32), (257, 64, 320), (600, 640, 96, 32), (300, 2048, 64),
-    (64, 32, 1312),
+    (64, 640, 416), (1100, 32, 64), (2050, 64, 32, 32),
 ]  # fmt: skip
 """Tokens, inputs, outputs: less than a square beyond the last, more blocks than threads and fewer, one and several
-strips of columns, one weight and several."""
+strips of columns, one weight and several, one and several parts of the tokens."""
 
-FEED_FORWARD = [(32, 32, 32), (33, 32, 64), (257, 64, 320), (600, 96, 32), (100, 640, 1312)]
+FEED_FORWARD = [(32, 32, 32), (33, 32, 64), (257, 64, 320), (600, 96, 32), (100, 640, 1312), (1100, 32, 64)]
 """Tokens, width, inner width."""
 
 

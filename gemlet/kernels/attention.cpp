@@ -364,10 +364,13 @@ struct Backward {
         while (low < high && !block.sees(low, panel)) low++;
         while (low < high && !block.sees(high - 1, panel)) high--;
         const auto add = [&](const Bfloat16* by_key, const Bfloat16* by_row, float* gradient) {
-            for (Index w = 0; w < p.width; w += SIDE)
+            float* const sums = gradient + panel * SIDE * p.width;
+            for (Index w = 0; w < p.width; w += SIDE) {
+                const float* const next = sums + std::min(w + SIDE, p.width - SIDE);
                 multiply(
                     by_key + (panel - chunk) * rows * SIDE + low * SQUARE, by_row + w * rows + low * SQUARE, high - low,
-                    gradient + panel * SIDE * p.width + w, p.width, false);
+                    sums + w, p.width, false, RowByRow(high - low, fetch(next, p.width)));
+            }
         };
         add(weights, grad_right, grad_v);
         add(grad_scores, q_right, grad_k);

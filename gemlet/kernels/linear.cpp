@@ -63,16 +63,19 @@ void write(const float* sums, const Matrix<Bfloat16>& out, Index row, Index colu
                 (__m256i*)(out.begin + (row + i) * out.columns + column + j), load(sums + i * SIDE + j));
 }
 
-void prefetch(const Matrix<Bfloat16>& x, Index row, Index column) {
-    for (Index i = 0; i < std::min(SIDE, x.rows - row); i++)
-        __builtin_prefetch(x.begin + (row + i) * x.columns + column, 1);
+// Brings the rows of a square near that will be written, or read, one by one.
+auto fetch(const Matrix<Bfloat16>& x, Index row, Index column) {
+    return [=, &x](Index i) {
+        if (row + i < x.rows) __builtin_prefetch(x.begin + (row + i) * x.columns + column, 1);
+    };
 }
 
 // ---- products of whole matrices
 
 constexpr Index MOST = 1 << 19;        // numbers of left factors that a thread has at a time: half of the second cache
-constexpr Index MOST_RIGHT = 1 << 18;  // of a right one
+constexpr Index MOST_RIGHT = 1 << 17;  // of a right one
 constexpr Index MOST_ROWS = 256;
+constexpr Index MOST_DEPTH = 1024;  // of what is a sum over all tokens, at a time
 
 constexpr Index fitting(Index numbers) { return std::max(SIDE, std::min(MOST_ROWS, MOST / numbers / SIDE * SIDE)); }
 
@@ -86,35 +89,50 @@ void for_rows(Index rows, Index numbers, int threads, const Use& use) {
     for (Index first = 0; first < all * SIDE; first += size) use(first, std::min(first + size, all * SIDE), left);
 }
 
-// Goes through the squares of a product of some rows: left [rows, depth] @ right [depth, columns], of which the squares
-// of a row and of a column follow one another. Columns come in strips that the second cache holds.
+// Goes through the squares of a product of some rows and columns. Columns come in strips, of which the second cache
+// holds so much of the right factor.
+template <class Use>
+void for_squares(Index first, Index last, Index from, Index to, Index depth, const Use& use) {
+    const Index strip = std::max(SIDE, MOST_RIGHT / depth / SIDE * SIDE);
+    for (Index begin = from; begin < to; begin += strip)
+        for (Index row = first; row < last; row += SIDE)
+            for (Index column = begin; column < std::min(begin + strip, to); column += SIDE) use(row, column);
+}
+
+// The product of some rows: left [rows, depth] @ right [depth, columns], of which the squares of a row and of a column
+// follow one another.
 template <class Use>
 void multiply_all(
     Index first, Index last, Index depth, Index columns, const Bfloat16* left, const Bfloat16* right, const Use& use,
     Index from = 0) {
-    const Index strip = std::max(SIDE, MOST_RIGHT / depth / SIDE * SIDE);
-    for (Index begin = from; begin < columns; begin += strip)
-        for (Index row = first; row < last; row += SIDE)
-            for (Index column = begin; column < std::min(begin + strip, columns); column += SIDE)
-                use(row, column, left + (row - first) * depth, right + column * depth);
+    for_squares(first, last, from, columns, depth, [&](Index row, Index column) {
+        use(row, column, left + (row - first) * depth, right + column * depth);
+    });
 }
 
-// The same for all rows, shared out in blocks of rows and as many parts of the columns as give each thread the same.
-// pack(first, last, memory) says where the squares of some rows are, having packed them if need be.
-template <class Pack, class Use>
-void multiply_all(
-    Index rows, Index depth, Index columns, const Bfloat16* right, int threads, const Pack& pack, const Use& use) {
+// Shares out a product in blocks of rows and as many parts of the columns as give each thread the same: for each
+// use(first, last, from, to, memory), with room for the left factor.
+template <class Use>
+void for_blocks(Index rows, Index depth, Index columns, int threads, const Use& use) {
     const Index all = up(rows, SIDE) / SIDE, most = fitting(depth) / SIDE, blocks = up(all, most) / most;
     const Index size = up(all, blocks) / blocks * SIDE, panels = columns / SIDE;
     const Index parts = std::min<Index>(panels, threads / std::gcd<Index>(blocks, threads));
     Array<Bfloat16> memory(size * depth);
 #pragma omp for schedule(dynamic)
     for (Index i = 0; i < blocks * parts; i++) {
-        const Index first = i / parts * size, last = std::min(first + size, all * SIDE), part = i % parts;
-        const Bfloat16* const left = pack(first, last, memory.begin);
-        multiply_all(
-            first, last, depth, panels * (part + 1) / parts * SIDE, left, right, use, panels * part / parts * SIDE);
+        const Index first = i / parts * size, part = i % parts;
+        use(first, std::min(first + size, all * SIDE), panels * part / parts * SIDE,
+            panels * (part + 1) / parts * SIDE, memory.begin);
     }
+}
+
+// The product of all rows. pack(first, last, memory) packs the left factor of some.
+template <class Pack, class Use>
+void multiply_all(
+    Index rows, Index depth, Index columns, const Bfloat16* right, int threads, const Pack& pack, const Use& use) {
+    for_blocks(rows, depth, columns, threads, [&](Index first, Index last, Index from, Index to, Bfloat16* memory) {
+        multiply_all(first, last, depth, to, pack(first, last, memory), right, use, from);
+    });
 }
 
 // Makes squares one after the other: at(row, k, square) makes one.
@@ -130,6 +148,34 @@ template <class T>
 const Bfloat16* pack_left(const Matrix<T>& x, Index first, Index last, Bfloat16* squares) {
     return pack_left(first, last, x.columns, squares, [&](Index row, Index k, Bfloat16* square) {
         as_left(x.at(row, k), square);
+    });
+}
+
+// Where the squares of some rows of a left factor begin, and how many numbers a row has there.
+struct Left {
+    const Bfloat16* begin;
+    Index depth;
+};
+
+// A product whose depth is all tokens, in float32. Its sums go on from part to part of the tokens: of these the caches
+// hold what a block reads again and again. left(first, last, t, part, memory) is that of some rows and tokens, which it
+// may pack; at(row, column) is where one of the sums begins.
+template <class Of, class At>
+void sum_over_tokens(
+    Index rows, Index tokens, Index columns, const Bfloat16* right, int threads, const Of& left_of, const At& at) {
+    const Index depth = std::min(tokens, MOST_DEPTH);
+    for_blocks(rows, depth, columns, threads, [&](Index first, Index last, Index from, Index to, Bfloat16* memory) {
+        for (Index t = 0; t < tokens; t += depth) {
+            const Index part = std::min(depth, tokens - t);
+            const Left left = left_of(first, last, t, part, memory);
+            for_squares(first, last, from, to, part, [&](Index row, Index column) {
+                float* const sums = at(row, column);
+                const float* const next = t > 0 && column + SIDE < to ? sums + SIDE : sums;
+                multiply(
+                    left.begin + (row - first) * left.depth, right + column * tokens + t * SIDE, part / SIDE, sums,
+                    columns, t == 0, RowByRow(part / SIDE, fetch(next, columns)));
+            });
+        }
     });
 }
 
@@ -172,8 +218,8 @@ void linear(
             [&](Index first, Index last, Bfloat16* memory) { return pack_left(x, first, last, memory); },
             [&](Index row, Index column, const Bfloat16* left, const Bfloat16* right) {
                 const Matrix<Bfloat16>& to = out.with_column(column);
-                prefetch(to, row, column);
-                multiply(left, right, inputs / SIDE, sums, SIDE, true);
+                multiply(
+                    left, right, inputs / SIDE, sums, SIDE, true, RowByRow(inputs / SIDE, fetch(to, row, column)));
                 write(sums, to, row, column);
             });
     }
@@ -205,21 +251,22 @@ void linear_backward(
                 });
             },
             [&](Index row, Index column, const Bfloat16* left, const Bfloat16* right) {
-                prefetch(grad_x, row, column);
-                multiply(left, right, outputs / SIDE, sums, SIDE, true);
+                multiply(
+                    left, right, outputs / SIDE, sums, SIDE, true,
+                    RowByRow(outputs / SIDE, fetch(grad_x, row, column)));
                 write(sums, grad_x, row, column);
             });
-        multiply_all(
+        sum_over_tokens(
             outputs, tokens, inputs, states, threads,
-            [&](Index first, Index last, Bfloat16* memory) {
-                return pack_left(first, last, tokens, memory, [&](Index output, Index t, Bfloat16* square) {
-                    const auto& part = grad.with_column(output);
-                    turned_as_left(part.at(t, output), square);
-                });
+            [&](Index first, Index last, Index t, Index part, Bfloat16* memory) -> Left {
+                return {pack_left(first, last, part, memory, [&](Index output, Index k, Bfloat16* square) {
+                    const auto& of = grad.with_column(output);
+                    turned_as_left(of.at(t + k, output), square);
+                }), part};
             },
-            [&](Index row, Index column, const Bfloat16* left, const Bfloat16* right) {
+            [&](Index row, Index column) {
                 const Matrix<float>& to = grad_weights.with_row(row);
-                multiply(left, right, tokens / SIDE, to.begin + row * inputs + column, inputs, true);
+                return to.begin + row * inputs + column;
             });
     }
 }
@@ -236,24 +283,25 @@ inline __m512 sigmoid_of_u(__m512 x) {
     return _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1), power_of_2(_mm512_mul_ps(x, slope))));
 }
 
-// Does with the rows of a square what there is to do while the next square is multiplied.
+// Does with each row of a square what there is to do while the next square is multiplied.
 template <class Square, class Use>
 class Behind {
     const Use& use;
     Square square{};
-    Index row = SIDE;
+    bool waits = false;
 
   public:
     explicit Behind(const Use& use) : use(use) {}
-    void rows(Index count) {
-        for (const Index end = std::min(SIDE, row + count); row < end; row++) use(square, row);
+    void operator()(Index row) const {
+        if (waits) use(square, row);
     }
-    void next(const Square& following) {
-        rows(SIDE);
+    void next(const Square& following) {  // when all rows are done
         square = following;
-        row = 0;
+        waits = true;
     }
-    ~Behind() { rows(SIDE); }
+    ~Behind() {
+        for (Index row = 0; row < SIDE; row++) (*this)(row);
+    }
 };
 
 // The rows of some states; beyond the last one numbers are 0.
@@ -287,7 +335,6 @@ void feed_forward(
         const Tiles tiles;
         alignas(64) float of_gate[2 * SQUARE], of_up[2 * SQUARE];
         bool turn = false;
-        const Index at_a_time = up(SIDE, 2 * width / SIDE) / (2 * width / SIDE);
         const auto activate = [&](const Sums& square, Index i) {
             const Row gates = row_of(gate_states, square.row + i, square.column);
             const Row ups = row_of(up_states, square.row + i, square.column);
@@ -312,9 +359,13 @@ void feed_forward(
                 multiply_all(
                     first, last, width, inner, left, gate_right,
                     [&](Index row, Index column, const Bfloat16* left, const Bfloat16* right) {
-                        const auto meanwhile = [&] { behind.rows(at_a_time); };
-                        prefetch(gate_states, row, column);
-                        prefetch(up_states, row, column);
+                        const auto fetch_gates = fetch(gate_states, row, column);
+                        const auto fetch_ups = fetch(up_states, row, column);
+                        RowByRow meanwhile(2 * width / SIDE, [&](Index i) {
+                            fetch_gates(i);
+                            fetch_ups(i);
+                            behind(i);
+                        });
                         float *const gates = of_gate + turn * SQUARE, *const ups = of_up + turn * SQUARE;
                         multiply(left, right, width / SIDE, gates, SIDE, true, meanwhile);
                         multiply(left, up_right + column * width, width / SIDE, ups, SIDE, true, meanwhile);
@@ -325,8 +376,8 @@ void feed_forward(
             multiply_all(
                 first, last, inner, width, product, down_right,
                 [&](Index row, Index column, const Bfloat16* left, const Bfloat16* right) {
-                    prefetch(out, row, column);
-                    multiply(left, right, inner / SIDE, of_up, SIDE, true);
+                    multiply(
+                        left, right, inner / SIDE, of_up, SIDE, true, RowByRow(inner / SIDE, fetch(out, row, column)));
                     write(of_up, out, row, column);
                 });
         });
@@ -355,7 +406,6 @@ void feed_forward_backward(
         alignas(64) float sums[2 * SQUARE];
         alignas(64) Bfloat16 of_product[SQUARE];
         bool turn = false;
-        const Index at_a_time = up(SIDE, width / SIDE) / (width / SIDE);
         const auto differentiate = [&](const Gradients& square, Index i) {
             const Row gates = row_of(gate_states, square.row + i, square.column);
             const Row ups = row_of(up_states, square.row + i, square.column);
@@ -399,9 +449,17 @@ void feed_forward_backward(
                     first, last, width, inner, left, down_right,
                     [&](Index row, Index column, const Bfloat16* left, const Bfloat16* right) {
                         float* const above = sums + turn * SQUARE;
-                        prefetch(gate_states, row, column);
-                        prefetch(up_states, row, column);
-                        multiply(left, right, width / SIDE, above, SIDE, true, [&] { behind.rows(at_a_time); });
+                        const auto fetch_gates = fetch(gate_states, row, column);
+                        const auto fetch_ups = fetch(up_states, row, column);
+                        const Index at = column * tokens + row * SIDE;
+                        RowByRow meanwhile(width / SIDE, [&](Index i) {
+                            fetch_gates(i);
+                            fetch_ups(i);
+                            for (Bfloat16* const x : {grad_gate + at, grad_up + at, product + at})
+                                __builtin_prefetch(x + i * SIDE, 1);
+                            behind(i);
+                        });
+                        multiply(left, right, width / SIDE, above, SIDE, true, meanwhile);
                         behind.next({row, column, above, both + (row - first) * 2 * inner + column * SIDE});
                         turn = !turn;
                     });
@@ -409,28 +467,28 @@ void feed_forward_backward(
             multiply_all(
                 first, last, 2 * inner, width, both, both_right,
                 [&](Index row, Index column, const Bfloat16* left, const Bfloat16* right) {
-                    prefetch(grad_x, row, column);
-                    multiply(left, right, 2 * inner / SIDE, sums, SIDE, true);
+                    multiply(
+                        left, right, 2 * inner / SIDE, sums, SIDE, true,
+                        RowByRow(2 * inner / SIDE, fetch(grad_x, row, column)));
                     write(sums, grad_x, row, column);
                 });
         });
-        const auto sum_over_tokens = [&](Index rows, Index columns, const Bfloat16* right, float* to, auto pack) {
-            multiply_all(
-                rows, tokens, columns, right, threads, pack,
-                [&](Index row, Index column, const Bfloat16* left, const Bfloat16* right) {
-                    multiply(left, right, tokens / SIDE, to + row * columns + column, columns, true);
-                });
+        const auto in = [](float* begin, Index columns) {
+            return [=](Index row, Index column) { return begin + row * columns + column; };
         };
         const auto packed = [&](const Bfloat16* left) {
-            return [=](Index first, Index, Bfloat16*) { return left + first * tokens; };
+            return [=](Index first, Index, Index t, Index, Bfloat16*) -> Left {
+                return {left + first * tokens + t * SIDE, tokens};
+            };
         };
-        sum_over_tokens(inner, width, states, grad_gate_weight, packed(grad_gate));
-        sum_over_tokens(inner, width, states, grad_up_weight, packed(grad_up));
-        sum_over_tokens(width, inner, product, grad_down_weight, [&](Index first, Index last, Bfloat16* memory) {
-            return pack_left(first, last, tokens, memory, [&](Index output, Index t, Bfloat16* square) {
-                turned_as_left(grad.at(t, output), square);
-            });
-        });
+        const auto to_pack = [&](Index first, Index last, Index t, Index part, Bfloat16* memory) -> Left {
+            return {pack_left(first, last, part, memory, [&](Index output, Index k, Bfloat16* square) {
+                turned_as_left(grad.at(t + k, output), square);
+            }), part};
+        };
+        sum_over_tokens(inner, tokens, width, states, threads, packed(grad_gate), in(grad_gate_weight, width));
+        sum_over_tokens(inner, tokens, width, states, threads, packed(grad_up), in(grad_up_weight, width));
+        sum_over_tokens(width, tokens, inner, product, threads, to_pack, in(grad_down_weight, inner));
     }
 }
 

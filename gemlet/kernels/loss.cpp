@@ -84,6 +84,7 @@ struct Chunk {
             for (Index t = 0; t < padded; t += 16) {
                 const __m512 less = _mm512_sub_ps(_mm512_load_ps(logits + r * padded + t), _mm512_load_ps(tops + t));
                 const __m512 power = power_of_2(_mm512_mul_ps(less, _mm512_set1_ps(LOG2_E)));
+                __builtin_prefetch(powers + (first + r + 1) * padded + t, 1);
                 _mm512_store_ps(totals + t, _mm512_add_ps(_mm512_load_ps(totals + t), power));
                 _mm256_storeu_si256((__m256i*)(powers + (first + r) * padded + t), narrowed(power));
             }
@@ -139,9 +140,8 @@ struct Chunk {
 #pragma omp for
                 for (Index t = 0; t < padded; t += SIDE)
                     for (Index w = 0; w < width; w += SIDE)
-                        multiply(
-                            by_token + t * BLOCK, rows_right + w * BLOCK, up(count, SIDE) / SIDE, sums + t * width + w,
-                            width, first == 0);
+                        add(by_token + t * BLOCK, rows_right + w * BLOCK, up(count, SIDE) / SIDE, sums + t * width, w,
+                            first == 0);
             }
 #pragma omp for
             for (Index t = 0; t < tokens; t++)
@@ -149,6 +149,13 @@ struct Chunk {
                     _mm256_storeu_si256(
                         (__m256i*)(grad_hidden + t * width + w), narrowed(_mm512_load_ps(sums + t * width + w)));
         }
+    }
+
+    // Adds a product to the square of 32 rows that begins at w, and brings near what comes behind it.
+    void add(
+        const Bfloat16* left, const Bfloat16* right, Index squares, float* rows, Index w, bool fresh) const {
+        const float* const next = rows + (w + SIDE < width ? w + SIDE : SIDE * width);
+        multiply(left, right, squares, rows + w, width, fresh, RowByRow(squares, fetch(next, width)));
     }
 
     // A square of softmax - one-hot, as it is and turned; 0 beyond the last row.
@@ -163,6 +170,7 @@ struct Chunk {
                 const Index r = row + i;
                 __m512 x = _mm512_setzero_ps();
                 if (r < vocabulary) x = _mm512_mul_ps(widened(load(powers + r * padded + at)), factor);
+                __builtin_prefetch(powers + r * padded + at + 8 * SIDE);  // each of the rows on a page of its own
                 x = _mm512_mask_sub_ps(x, _mm512_cmpeq_epi32_mask(of, _mm512_set1_epi32(r)), x, _mm512_set1_ps(1));
                 _mm256_store_si256((__m256i*)(by_row + i * SIDE + t), narrowed(x));
             }
@@ -176,15 +184,13 @@ struct Chunk {
         alignas(64) float square[SQUARE];  // for the last rows, beyond which there is nothing
         const Index count = std::min(SIDE, vocabulary - row);
         for (Index w = 0; w < width; w += SIDE) {
+            const Bfloat16* const right = states_right + w * padded;
             float* const sums = grad_weight + row * width + w;
-            const auto product = [&](float* to, Index stride, bool fresh) {
-                multiply(by_row, states_right + w * padded, padded / SIDE, to, stride, fresh);
-            };
             if (count == SIDE) {
-                product(sums, width, fresh);
+                add(by_row, right, padded / SIDE, grad_weight + row * width, w, fresh);
                 continue;
             }
-            product(square, SIDE, true);
+            multiply(by_row, right, padded / SIDE, square, SIDE, true);
             for (Index i = 0; i < count; i++)
                 for (Index j = 0; j < SIDE; j++)
                     sums[i * width + j] = square[i * SIDE + j] + (fresh ? 0 : sums[i * width + j]);

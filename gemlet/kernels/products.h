@@ -80,10 +80,10 @@ class Tiles {
 
 // Adds the products of so many squares of a left and a right factor to the square `sums`, whose rows are `stride`
 // apart; sets it if it is fresh. For each square something is done `meanwhile`: tiles leave room for vectors.
-template <class Meanwhile = void()>
+template <class Meanwhile = void (&)()>
 inline void multiply(
     const Bfloat16* left, const Bfloat16* right, Index squares, float* sums, Index stride, bool fresh,
-    const Meanwhile& meanwhile = nothing) {
+    Meanwhile&& meanwhile = nothing) {
     const Index bytes = stride * sizeof *sums;
     asm volatile("" ::: "memory");  // what is loaded is written: GCC does not know that a tile reads memory
     if (fresh) {
@@ -163,16 +163,39 @@ void multiply_rows(const Bfloat16* left, const Bfloat16* right, Index squares, f
 }
 
 // The same as above; vectors leave no room.
-template <class Meanwhile = void()>
+template <class Meanwhile = void (&)()>
 inline void multiply(
     const Bfloat16* left, const Bfloat16* right, Index squares, float* sums, Index stride, bool fresh,
-    const Meanwhile& meanwhile = nothing) {
+    Meanwhile&& meanwhile = nothing) {
     for (Index i = 0; i < SIDE; i += ROWS)
         multiply_rows(left + i * SIDE, right, squares, sums + i * stride, stride, fresh);
     for (Index i = 0; i < squares; i++) meanwhile();
 }
 
 #endif
+
+// For 32 rows something that is small is done while so many squares are multiplied. What it asks memory for comes
+// sooner than if it asked for all at once, since a core has no more than some lines underway.
+template <class Use>
+class RowByRow {
+    const Use use;
+    const Index at_a_time;
+    Index row = 0;
+
+  public:
+    RowByRow(Index squares, const Use& use) : use(use), at_a_time(up(SIDE, squares) / squares) {}
+    void operator()() {
+        for (const Index end = std::min(SIDE, row + at_a_time); row < end; row++) use(row);
+    }
+};
+
+// Brings the rows of a square of sums near, one by one.
+inline auto fetch(const float* sums, Index stride) {
+    return [=](Index row) {
+        __builtin_prefetch(sums + row * stride, 1);
+        __builtin_prefetch(sums + row * stride + 16, 1);
+    };
+}
 
 // ---- rows of numbers as squares
 
