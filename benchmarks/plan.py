@@ -1,7 +1,8 @@
 """How far `gemlet plan` is from what is then measured: `python -m benchmarks.plan`, on an idle machine.
 
 Each configuration is planned in one process and trained in another: some steps of the trainer on random tokens. The
-plan's memory is held against the peak of that process's resident memory, its tokens/s against the median step.
+plan's memory is held against the peak of that process's resident memory, its tokens/s against the median step. Both
+take turns, whose medians are compared: a machine that others use has another speed in the next minute.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -102,6 +104,7 @@ def measured(run: RunConfig) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", action="append", choices=CASES, help="a configuration; may be repeated")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of planning and training (default: 3)")
     parser.add_argument("--json", action="store_true", help="one line of JSON a configuration")
     parser.add_argument("--ask", nargs=2, help=argparse.SUPPRESS)  # in the process of one answer
     args = parser.parse_args()
@@ -109,11 +112,14 @@ def main() -> None:
         what, name = args.ask
         print(json.dumps({"plan": planned, "run": measured}[what](run_of(name))))
         return
+    if args.rounds < 1:
+        parser.error(f"--rounds is {args.rounds}: it is at least 1")
     if not args.json:
         print("| configuration | memory, planned | measured | off | tokens/s, planned | measured | off | planning |")
         print("|---|---|---|---|---|---|---|---|")
     for name in args.only or CASES:
-        said, found = _ask("plan", name), _ask("run", name)
+        turns = [(_ask("plan", name), _ask("run", name)) for _ in range(args.rounds)]
+        said, found = (_medians(answers) for answers in zip(*turns, strict=True))
         off = {key: said[key] / found[key] - 1 for key in ("memory", "rate")}
         if args.json:
             print(json.dumps({"configuration": name, "planned": said, "measured": found, "off": off}), flush=True)
@@ -124,6 +130,10 @@ def main() -> None:
                 f"{said['seconds']:.0f} s |",
                 flush=True,
             )
+
+
+def _medians(answers: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(answer[key] for answer in answers) for key in answers[0]}
 
 
 def _ask(what: str, name: str) -> dict[str, float]:

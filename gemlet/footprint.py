@@ -21,16 +21,17 @@ from torch.utils._pytree import tree_leaves
 from gemlet.config import RunConfig
 from gemlet.data import TokenStream
 from gemlet.device import DTYPES
+from gemlet.kernels import linear
 from gemlet.loss import ALIGNED
 from gemlet.model import Gemma
 from gemlet.optim import make_optimizers
 from gemlet.train import TrainState, train_step
 
-HEAP_BYTES = 60 * 2**20
-HEAP_SHARE, HEAP_SHARE_ACCUMULATING = 0.85, 1.0
+HEAP_BYTES, HEAP_SHARE, HEAP_SHARE_ACCUMULATING = 60 * 2**20, 0.85, 1.0
+HEAP_OF_KERNELS = 40 * 2**20, 0.6, 0.7
 """What glibc's heap takes beyond the tensors: a constant, and a part of the activations, which come and go within a
-step, more where gradients that stay lie between them. Between what three machines take, the one with AMX the most
-(benchmarks/RESULTS.md)."""
+step, more where gradients that stay lie between them. With kernels for the products, too, less comes and goes. Each is
+between what several models and machines take (benchmarks/RESULTS.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +85,10 @@ def step_memory(
     most = max(phases.values(), key=Counter.total)
     heap = 0
     if device.type == "cpu":
+        has_kernels = linear.available("cpu", DTYPES[config.train.precision])
+        constant, *shares = HEAP_OF_KERNELS if has_kernels else (HEAP_BYTES, HEAP_SHARE, HEAP_SHARE_ACCUMULATING)
         accumulates = config.train.micro_batch < config.train.batch_size
-        share = HEAP_SHARE_ACCUMULATING if accumulates else HEAP_SHARE
-        heap = int(HEAP_BYTES + share * most["activations"])
+        heap = int(constant + shares[accumulates] * most["activations"])
     return Memory(**{what: most[what] for what in _HELD}, heap=heap, process=process)
 
 
