@@ -158,11 +158,12 @@ struct Left {
 };
 
 // A product whose depth is all tokens, in float32. Its sums go on from part to part of the tokens: of these the caches
-// hold what a block reads again and again. left(first, last, t, part, memory) is that of some rows and tokens, which it
-// may pack; at(row, column) is where one of the sums begins.
-template <class Of, class At>
+// hold what a block reads again and again. left_of(first, last, t, part, memory) is the left factor of some rows and
+// tokens, which it may pack; at(row, column) is where one of the sums begins.
+template <class LeftOf, class At>
 void sum_over_tokens(
-    Index rows, Index tokens, Index columns, const Bfloat16* right, int threads, const Of& left_of, const At& at) {
+    Index rows, Index tokens, Index columns, const Bfloat16* right, int threads, const LeftOf& left_of,
+    const At& at) {
     const Index depth = std::min(tokens, MOST_DEPTH);
     for_blocks(rows, depth, columns, threads, [&](Index first, Index last, Index from, Index to, Bfloat16* memory) {
         for (Index t = 0; t < tokens; t += depth) {

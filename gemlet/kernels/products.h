@@ -162,14 +162,15 @@ void multiply_rows(const Bfloat16* left, const Bfloat16* right, Index squares, f
     }
 }
 
-// The same as above; vectors leave no room.
+// The same as above; vectors leave no room, so that what is to be done meanwhile is done between some rows.
 template <class Meanwhile = void (&)()>
 inline void multiply(
     const Bfloat16* left, const Bfloat16* right, Index squares, float* sums, Index stride, bool fresh,
     Meanwhile&& meanwhile = nothing) {
-    for (Index i = 0; i < SIDE; i += ROWS)
+    for (Index i = 0; i < SIDE; i += ROWS) {
         multiply_rows(left + i * SIDE, right, squares, sums + i * stride, stride, fresh);
-    for (Index i = 0; i < squares; i++) meanwhile();
+        for (Index k = squares * i / SIDE; k < squares * (i + ROWS) / SIDE; k++) meanwhile();
+    }
 }
 
 #endif
