@@ -184,7 +184,7 @@ class RowByRow {
     Index row = 0;
 
   public:
-    RowByRow(Index squares, const Use& use) : use(use), at_a_time(up(SIDE, squares) / squares) {}
+    RowByRow(Index squares, const Use& use) : use(use), at_a_time(up(SIDE, squares) / std::max<Index>(1, squares)) {}
     void operator()() {
         for (const Index end = std::min(SIDE, row + at_a_time); row < end; row++) use(row);
     }
