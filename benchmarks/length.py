@@ -113,7 +113,7 @@ def main() -> None:
             else:
                 ways.append(way)
         turns: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
-        for turn in range(args.rounds):
+        for turn in range(1, args.rounds + 1):
             for way in ways:
                 options = ["--preset", args.preset, "--layers", str(args.layers), "--ways", way]
                 options += ["--lengths", str(length), "--precision", args.precision]
@@ -121,8 +121,8 @@ def main() -> None:
                 command = [sys.executable, "-m", "benchmarks.length", *options, "--child"]
                 run = subprocess.run(command, check=True, stdout=subprocess.PIPE)
                 turns[way].append(json.loads(run.stdout.splitlines()[-1]))
-                if turn < args.rounds - 1:
-                    print(f"{way:<28}turn {turn + 1}: {length / turns[way][-1]['seconds']:.1f} tokens/s", flush=True)
+                if args.rounds > 1:
+                    print(f"{way:<28}turn {turn}: {length / turns[way][-1]['seconds']:.1f} tokens/s", flush=True)
         for way, measured in turns.items():
             seconds = [one["seconds"] for one in measured]
             result = {"seconds": median(seconds), "gib": max(one["gib"] for one in measured)}

@@ -27,11 +27,11 @@ from gemlet.model import Gemma
 from gemlet.optim import make_optimizers
 from gemlet.train import TrainState, train_step
 
-HEAP_BYTES, HEAP_SHARE, HEAP_SHARE_ACCUMULATING = 60 * 2**20, 0.85, 1.0
+HEAP = 60 * 2**20, 0.85, 1.0
 HEAP_OF_KERNELS = 40 * 2**20, 0.6, 0.7
-"""What glibc's heap takes beyond the tensors: a constant, and a part of the activations, which come and go within a
-step, more where gradients that stay lie between them. With kernels for the products, too, less comes and goes. Each is
-between what several models and machines take (benchmarks/RESULTS.md)."""
+"""What glibc's heap takes beyond the tensors: bytes, and a part of the activations, which come and go within a step;
+the third is that part where micro-batches add to gradients, which stay and lie between them. Where kernels compute the
+products, too, less comes and goes. Each is between what several models and machines take (benchmarks/RESULTS.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +86,9 @@ def step_memory(
     heap = 0
     if device.type == "cpu":
         has_kernels = linear.available("cpu", DTYPES[config.train.precision])
-        constant, *shares = HEAP_OF_KERNELS if has_kernels else (HEAP_BYTES, HEAP_SHARE, HEAP_SHARE_ACCUMULATING)
+        constant, share, share_accumulating = HEAP_OF_KERNELS if has_kernels else HEAP
         accumulates = config.train.micro_batch < config.train.batch_size
-        heap = int(constant + shares[accumulates] * most["activations"])
+        heap = int(constant + (share_accumulating if accumulates else share) * most["activations"])
     return Memory(**{what: most[what] for what in _HELD}, heap=heap, process=process)
 
 
